@@ -1,0 +1,193 @@
+"""Build of the C++ extension; everything else about the package stands in pyproject.toml.
+
+``PELT_FAST_BUILD`` chooses what is built:
+
+* ``auto`` (default): what the machine allows. What had to be left out is printed (``pip install -v`` shows it), and
+  recorded for ``python -m pelt_fast info``.
+* ``none``: pure Python.
+* ``cpu``, ``cuda``: exactly this, or the build fails with the reason.
+
+Sources are found by pattern: a new ``csrc/cpu/*.cpp`` or ``csrc/cuda/*.cu`` needs no change here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+MODES = ("auto", "none", "cpu", "cuda")
+
+# -fopenmp is for the compiler alone, never for the linker: at::parallel_for is an inline "omp parallel", and its calls
+# must bind to the OpenMP runtime that libtorch has loaded, not to a second one with a second pool of threads.
+CXX_FLAGS = [
+    "-O3",
+    "-g0",
+    "-std=c++20",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-Wno-unknown-pragmas",
+]
+NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
+
+
+class Plan:
+    """What is built, what is left out and why."""
+
+    def __init__(self, mode: str) -> None:
+        if mode not in MODES:
+            raise SystemExit(f"PELT_FAST_BUILD: got {mode!r}, expected one of {', '.join(MODES)}")
+        self.mode = mode
+        self.built: list[str] = []
+        self.left_out: dict[str, str] = {}
+        self.torch_version: str | None = None
+        for part, missing in (("cpu", missing_for_cpu), ("cuda", missing_for_cuda)):
+            if mode == "none":
+                self.left_out[part] = "PELT_FAST_BUILD=none"
+            elif reason := missing():
+                self.leave_out(part, reason)
+            elif mode == "cpu" and part == "cuda":
+                self.left_out[part] = "PELT_FAST_BUILD=cpu"
+            else:
+                self.built.append(part)
+        if "cpu" in self.left_out and "cuda" in self.built:  # both live in one extension
+            self.leave_out("cuda", "the C++ part cannot be built")
+
+    def leave_out(self, part: str, reason: str) -> None:
+        """Drops a part, or fails if it was asked for by name."""
+        if self.mode == "cuda" or self.mode == part:
+            raise SystemExit(f"PELT_FAST_BUILD={self.mode} cannot be built: {reason}")
+        if part in self.built:
+            self.built.remove(part)
+        self.left_out[part] = reason
+
+    def report(self, folder: Path) -> None:
+        """Says what came out of the build, and writes it where ``python -m pelt_fast info`` looks."""
+        print(f"pelt_fast: built {', '.join(self.built) or 'pure Python'} (PELT_FAST_BUILD={self.mode})")
+        for part, reason in self.left_out.items():
+            print(f"pelt_fast: left out {part}: {reason}")
+        sys.stdout.flush()
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {
+            "mode": self.mode,
+            "built": self.built,
+            "left_out": self.left_out,
+            "torch": self.torch_version,
+        }
+        (folder / "_build_info.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def sources(part: str) -> list[str]:
+    """Source files of one part, relative to the root as setuptools wants them."""
+    patterns = {"cpu": ("csrc/*.cpp", "csrc/cpu/*.cpp"), "cuda": ("csrc/cuda/*.cpp", "csrc/cuda/*.cu")}
+    found = (path for pattern in patterns[part] for path in ROOT.glob(pattern))
+    return sorted(path.relative_to(ROOT).as_posix() for path in found)
+
+
+def missing_for_cpu() -> str | None:
+    """Why the C++ part cannot be built here, or None."""
+    if not sources("cpu"):
+        return "no sources under csrc/"
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return (
+            "no torch in the build environment; install torch, then this package with "
+            "pip install --no-build-isolation"
+        )
+    if os.name != "posix":
+        return "only POSIX compilers (gcc, clang) are supported"
+    compiler = os.environ.get("CXX", "c++").split()
+    if not shutil.which(compiler[0]):
+        return f"no C++ compiler: {compiler[0]} is not on PATH (set CXX to name another)"
+    # The usual gaps of a fresh machine: no Python headers, no C++20, no OpenMP.
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder, "probe.cpp")
+        probe.write_text("#include <Python.h>\n#include <omp.h>\n#include <span>\nint main() { return 0; }\n")
+        include = sysconfig.get_paths()["include"]
+        command = [*compiler, *CXX_FLAGS, f"-I{include}", "-c", str(probe), "-o", str(probe.with_suffix(".o"))]
+        result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        lines = result.stderr.strip().splitlines()
+        error = next((line for line in lines if "error" in line), lines[-1] if lines else "no message")
+        return f"{compiler[0]} cannot compile a C++20, OpenMP, Python.h probe: {error}"
+    return None
+
+
+def missing_for_cuda() -> str | None:
+    """Why the CUDA part cannot be built here, or None; the toolkit decides, not a visible GPU."""
+    if not sources("cuda"):
+        return "no sources under csrc/cuda"
+    try:
+        import torch
+        from torch.utils.cpp_extension import CUDA_HOME
+    except ImportError:
+        return "no torch in the build environment"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
+        return "no CUDA toolkit: nvcc was not found (set CUDA_HOME)"
+    return None
+
+
+def package_folder(command) -> Path:
+    """Where the package's files go: the source tree when editable or in place, the build tree otherwise."""
+    in_place = getattr(command, "editable_mode", False) or getattr(command, "inplace", False)
+    return ROOT / "pelt_fast" if in_place else Path(command.build_lib, "pelt_fast")
+
+
+class BuildPy(build_py):
+    """Copies the Python files and leaves the record of the build beside them."""
+
+    def run(self) -> None:
+        super().run()
+        plan.report(package_folder(self))
+
+
+plan = Plan(os.environ.get("PELT_FAST_BUILD", "auto").strip().lower() or "auto")
+extensions = []
+commands: dict[str, type] = {"build_py": BuildPy}
+
+if plan.built:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    plan.torch_version = torch.__version__
+    with_cuda = "cuda" in plan.built
+    extensions.append(
+        (CUDAExtension if with_cuda else CppExtension)(
+            name="pelt_fast._C",
+            sources=[path for part in plan.built for path in sources(part)],
+            include_dirs=[str(ROOT / "csrc")],
+            depends=[path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.h")],
+            define_macros=[("PELT_FAST_WITH_CUDA", None)] if with_cuda else [],
+            extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+            optional=plan.mode == "auto",
+        )
+    )
+
+    class BuildExt(BuildExtension):
+        """In auto mode a failed compilation leaves the extension out instead of failing the installation."""
+
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:
+                for part in list(plan.built):
+                    plan.leave_out(part, f"compilation failed ({str(error).splitlines()[0]})")
+                plan.report(package_folder(self))
+
+    commands["build_ext"] = BuildExt
+
+setup(ext_modules=extensions, cmdclass=commands)
