@@ -2,8 +2,8 @@
 
 ``PELT_FAST_BUILD`` chooses what is built:
 
-* ``auto`` (default): what the machine allows. What had to be left out is printed (``pip install -v`` shows it), and
-  recorded for ``python -m pelt_fast info``.
+* ``auto`` (default): what the machine allows. What had to be left out is printed (``pip install
+  -v`` shows it), and recorded for ``python -m pelt_fast info``.
 * ``none``: pure Python.
 * ``cpu``, ``cuda``: exactly this, or the build fails with the reason.
 
@@ -21,14 +21,16 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "none", "cpu", "cuda")
 
-# -fopenmp is for the compiler alone, never for the linker: at::parallel_for is an inline "omp parallel", and its calls
-# must bind to the OpenMP runtime that libtorch has loaded, not to a second one with a second pool of threads.
+# -fopenmp is for the compiler alone, never for the linker: at::parallel_for is an inline
+# "omp parallel", and its calls must bind to the OpenMP runtime that libtorch has loaded, not to a
+# second one with a second pool of threads.
 CXX_FLAGS = [
     "-O3",
     "-g0",
@@ -73,8 +75,9 @@ class Plan:
         self.left_out[part] = reason
 
     def report(self, folder: Path) -> None:
-        """Says what came out of the build, and writes it where ``python -m pelt_fast info`` looks."""
-        print(f"pelt_fast: built {', '.join(self.built) or 'pure Python'} (PELT_FAST_BUILD={self.mode})")
+        """Says what came out of the build, and records it for ``python -m pelt_fast info``."""
+        built = ", ".join(self.built) or "pure Python"
+        print(f"pelt_fast: built {built} (PELT_FAST_BUILD={self.mode})")
         for part, reason in self.left_out.items():
             print(f"pelt_fast: left out {part}: {reason}")
         sys.stdout.flush()
@@ -90,7 +93,10 @@ class Plan:
 
 def sources(part: str) -> list[str]:
     """Source files of one part, relative to the root as setuptools wants them."""
-    patterns = {"cpu": ("csrc/*.cpp", "csrc/cpu/*.cpp"), "cuda": ("csrc/cuda/*.cpp", "csrc/cuda/*.cu")}
+    patterns = {
+        "cpu": ("csrc/*.cpp", "csrc/cpu/*.cpp"),
+        "cuda": ("csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
+    }
     found = (path for pattern in patterns[part] for path in ROOT.glob(pattern))
     return sorted(path.relative_to(ROOT).as_posix() for path in found)
 
@@ -112,15 +118,15 @@ def missing_for_cpu() -> str | None:
     if not shutil.which(compiler[0]):
         return f"no C++ compiler: {compiler[0]} is not on PATH (set CXX to name another)"
     # The usual gaps of a fresh machine: no Python headers, no C++20, no OpenMP.
+    probe = "#include <Python.h>\n#include <omp.h>\n#include <span>\nint main() { return 0; }\n"
     with tempfile.TemporaryDirectory() as folder:
-        probe = Path(folder, "probe.cpp")
-        probe.write_text("#include <Python.h>\n#include <omp.h>\n#include <span>\nint main() { return 0; }\n")
-        include = sysconfig.get_paths()["include"]
-        command = [*compiler, *CXX_FLAGS, f"-I{include}", "-c", str(probe), "-o", str(probe.with_suffix(".o"))]
-        result = subprocess.run(command, capture_output=True, text=True)
+        Path(folder, "probe.cpp").write_text(probe)
+        include = f"-I{sysconfig.get_paths()['include']}"
+        command = [*compiler, *CXX_FLAGS, include, "-c", "probe.cpp", "-o", "probe.o"]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if result.returncode:
-        lines = result.stderr.strip().splitlines()
-        error = next((line for line in lines if "error" in line), lines[-1] if lines else "no message")
+        lines = result.stderr.strip().splitlines() or ["no message"]
+        error = next((line for line in lines if "error" in line), lines[-1])
         return f"{compiler[0]} cannot compile a C++20, OpenMP, Python.h probe: {error}"
     return None
 
@@ -142,7 +148,7 @@ def missing_for_cuda() -> str | None:
 
 
 def package_folder(command) -> Path:
-    """Where the package's files go: the source tree when editable or in place, the build tree otherwise."""
+    """Where the package's files go: the source tree when editable or in place, else the build's."""
     in_place = getattr(command, "editable_mode", False) or getattr(command, "inplace", False)
     return ROOT / "pelt_fast" if in_place else Path(command.build_lib, "pelt_fast")
 
@@ -156,8 +162,8 @@ class BuildPy(build_py):
 
 
 plan = Plan(os.environ.get("PELT_FAST_BUILD", "auto").strip().lower() or "auto")
-extensions = []
-commands: dict[str, type] = {"build_py": BuildPy}
+extensions: list[Extension] = []
+build_ext_base = build_ext
 
 if plan.built:
     import torch
@@ -165,29 +171,29 @@ if plan.built:
 
     plan.torch_version = torch.__version__
     with_cuda = "cuda" in plan.built
-    extensions.append(
-        (CUDAExtension if with_cuda else CppExtension)(
-            name="pelt_fast._C",
-            sources=[path for part in plan.built for path in sources(part)],
-            include_dirs=[str(ROOT / "csrc")],
-            depends=[path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.h")],
-            define_macros=[("PELT_FAST_WITH_CUDA", None)] if with_cuda else [],
-            extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
-            optional=plan.mode == "auto",
-        )
+    extension = (CUDAExtension if with_cuda else CppExtension)(
+        name="pelt_fast._C",
+        sources=[path for part in plan.built for path in sources(part)],
+        include_dirs=[str(ROOT / "csrc")],
+        depends=[path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.h")],
+        define_macros=[("PELT_FAST_WITH_CUDA", None)] if with_cuda else [],
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        optional=plan.mode == "auto",
     )
+    extensions.append(extension)
+    build_ext_base = BuildExtension
 
-    class BuildExt(BuildExtension):
-        """In auto mode a failed compilation leaves the extension out instead of failing the installation."""
 
-        def run(self) -> None:
-            try:
-                super().run()
-            except Exception as error:
-                for part in list(plan.built):
-                    plan.leave_out(part, f"compilation failed ({str(error).splitlines()[0]})")
-                plan.report(package_folder(self))
+class BuildExt(build_ext_base):
+    """Builds the extension; in auto mode one that does not compile is left out."""
 
-    commands["build_ext"] = BuildExt
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception as error:
+            for part in list(plan.built):
+                plan.leave_out(part, f"compilation failed: {str(error).splitlines()[0]}")
+        plan.report(package_folder(self))
 
-setup(ext_modules=extensions, cmdclass=commands)
+
+setup(ext_modules=extensions, cmdclass={"build_py": BuildPy, "build_ext": BuildExt})
