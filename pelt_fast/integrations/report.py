@@ -1,0 +1,51 @@
+"""What ``accelerate`` did to a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was replaced, what was not, and why. Layers go by their names in ``model.named_modules()``.
+
+    Attributes:
+        library: whose layers they are.
+        replaced: the layers that this call made fast.
+        already: the layers that an earlier call made fast.
+        left: layer to reason: not replaced; the library's own forward runs there.
+        waiting: layer to reason, among ``replaced`` and ``already``: as the model stands, the library's own forward
+            still runs there; the layer is fast as soon as the reason is gone (after ``unmerge_adapter``, say). Other
+            such reasons can arise later: call ``accelerate`` again for the state of the moment.
+        backends: what computes the layers of one kind, "forward/backward", by the kind.
+    """
+
+    library: str
+    replaced: list[str] = field(default_factory=list)
+    already: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+    waiting: dict[str, str] = field(default_factory=dict)
+    backends: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        total = len(self.replaced) + len(self.already) + len(self.left)
+        lines = [f"pelt_fast: {len(self.replaced)} of {total} {self.library} layers replaced"]
+        if self.already:
+            lines[0] += f", {len(self.already)} were fast already"
+        lines += [f"  {kind} -> {backend}" for kind, backend in self.backends.items()]
+        lines += _by_reason(f"left to {self.library}", self.left)
+        lines += _by_reason(f"replaced, but for now computed by {self.library}", self.waiting)
+        return "\n".join(lines)
+
+
+def _by_reason(title: str, reasons: dict[str, str]) -> list[str]:
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    if not names:
+        return []
+    lines = [f"{title}: {len(reasons)}"]
+    for reason, group in names.items():
+        more = f" and {len(group) - 3} more" if len(group) > 3 else ""
+        lines.append(f"  {reason}: {', '.join(group[:3])}{more}")
+    return lines
