@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: the cases, the oracle and the tolerance. No product code imports it."""
