@@ -1,0 +1,30 @@
+"""pelt_fast: parameter-efficient tuning of language models at the cost of the frozen model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import functional, nn
+from .dispatch import BackendUnavailable, use_backend
+from .functional import explain
+
+__version__ = "0.1.0"
+__all__ = [
+    "BackendUnavailable",
+    "__version__",
+    "accelerate",
+    "explain",
+    "functional",
+    "nn",
+    "restore",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # the integrations need transformers or PEFT only when they are called; the import of the package must not
+    if name in ("accelerate", "restore"):
+        from . import integrations
+
+        return getattr(integrations, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

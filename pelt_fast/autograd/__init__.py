@@ -1,0 +1,5 @@
+"""One ``torch.autograd.Function`` per operation: what is saved, and which gradients are asked for."""
+
+from .lora import LoRALinearFunction
+
+__all__ = ["LoRALinearFunction"]

@@ -1,0 +1,20 @@
+"""From a problem to the backend that runs it."""
+
+from .explain import Choice, Explanation, explain_problem
+from .problem import LoRAProblem, arch_of
+from .registry import BackendUnavailable, backend
+from .select import asked_for, check_name, select, use_backend
+
+__all__ = [
+    "BackendUnavailable",
+    "Choice",
+    "Explanation",
+    "LoRAProblem",
+    "arch_of",
+    "asked_for",
+    "backend",
+    "check_name",
+    "explain_problem",
+    "select",
+    "use_backend",
+]

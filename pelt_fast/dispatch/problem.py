@@ -1,0 +1,48 @@
+"""What a backend is told about an operation before it runs: shapes, dtypes, device; no data."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+
+class LoRAProblem(NamedTuple):
+    """One pass of the LoRA linear. ``dtype`` is x's, the one that is computed in."""
+
+    op: str  # "lora_linear_fwd" | "lora_linear_bwd"
+    device_type: str
+    arch: str  # "sm_90", "avx2", ...
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    adapter_dtypes: tuple[torch.dtype, ...]
+    tokens: int
+    in_features: int
+    out_features: int
+    ranks: tuple[int, ...]
+    dropout: bool
+    weight_requires_grad: bool
+
+    @property
+    def rank(self) -> int:
+        """Sum of the ranks of the active adapters."""
+        return sum(self.ranks)
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        ranks = "+".join(map(str, self.ranks))
+        text = f"{self.op} {dtype} T={self.tokens} in={self.in_features} out={self.out_features} r={ranks}"
+        text += " dropout" if self.dropout else ""
+        return f"{text} on {self.device_type} ({self.arch})"
+
+
+@lru_cache(maxsize=64)
+def arch_of(device_type: str, index: int | None) -> str:
+    """The architecture of a device: "sm_90" for a GPU, torch's CPU capability in lower case for a CPU."""
+    if device_type == "cuda":
+        major, minor = torch.cuda.get_device_capability(index)
+        return f"sm_{major}{minor}"
+    if device_type == "cpu":
+        return torch.backends.cpu.get_cpu_capability().lower()
+    return device_type

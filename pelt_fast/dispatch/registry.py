@@ -1,0 +1,52 @@
+"""The backends by name. Each is a module with ``unsupported(problem)``, ``priority(problem)`` and the operations."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+MODULES = {
+    "triton": "pelt_fast.backends.triton_",
+    "cpp": "pelt_fast.backends.cpp",
+    "torch": "pelt_fast.backends.torch_",
+    "reference": "pelt_fast.backends.reference_",
+}
+AUTOMATIC = ("triton", "cpp", "torch")  # the reference is an oracle: it runs only when it is asked for
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for by name and cannot run this problem; the message lists its reasons."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend's module, or the reason why it could not be imported."""
+
+    name: str
+    module: ModuleType | None
+    missing: str | None = None
+
+    def unsupported(self, problem: Any) -> list[str]:
+        """Why this backend cannot run the problem; empty when it can."""
+        if self.module is None:
+            return [self.missing or "not available"]
+        reasons: list[str] = self.module.unsupported(problem)
+        return reasons
+
+    def priority(self, problem: Any) -> int:
+        """The highest one that can run wins."""
+        return int(self.module.priority(problem)) if self.module is not None else 0
+
+
+@cache
+def backend(name: str) -> Backend:
+    """The backend of that name, imported on first use."""
+    if name == "cuda":
+        return Backend(name, None, "no CUDA C++ kernel serves this operation; on a GPU use 'triton' or 'torch'")
+    try:
+        return Backend(name, importlib.import_module(MODULES[name]))
+    except ImportError as error:
+        return Backend(name, None, f"cannot be imported: {error}")

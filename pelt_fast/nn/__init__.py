@@ -1,0 +1,5 @@
+"""Drop-in layers."""
+
+from .lora import LoRALinear
+
+__all__ = ["LoRALinear"]
