@@ -7,17 +7,20 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Report:
-    """What was replaced, what was not, and why. Layers go by their names in ``model.named_modules()``.
+    """What was replaced, what was not, and why.
+
+    Layers go by their names in ``model.named_modules()``.
 
     Attributes:
         library: whose layers they are.
         replaced: the layers that this call made fast.
         already: the layers that an earlier call made fast.
-        left: layer to reason: not replaced; the library's own forward runs there.
-        waiting: layer to reason, among ``replaced`` and ``already``: as the model stands, the library's own forward
-            still runs there; the layer is fast as soon as the reason is gone (after ``unmerge_adapter``, say). Other
-            such reasons can arise later: call ``accelerate`` again for the state of the moment.
-        backends: what computes the layers of one kind, "forward/backward", by the kind.
+        left: layer to reason: not replaced, the library's own forward runs there.
+        waiting: layer to reason, among ``replaced`` and ``already``: as the model stands, the
+            library's own forward still runs there, and the layer is fast as soon as the reason is
+            gone (after ``unmerge_adapter``, say). Other reasons can arise later: ``accelerate``,
+            called again, tells the state of that moment.
+        kinds: how many of the other layers there are of each shape, dtype and choice of backends.
     """
 
     library: str
@@ -25,16 +28,16 @@ class Report:
     already: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     waiting: dict[str, str] = field(default_factory=dict)
-    backends: dict[str, str] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         total = len(self.replaced) + len(self.already) + len(self.left)
         lines = [f"pelt_fast: {len(self.replaced)} of {total} {self.library} layers replaced"]
         if self.already:
-            lines[0] += f", {len(self.already)} were fast already"
-        lines += [f"  {kind} -> {backend}" for kind, backend in self.backends.items()]
+            lines[0] += f", {len(self.already)} had been already"
+        lines += [f"  {count} x {kind}" for kind, count in self.kinds.items()]
+        lines += _by_reason(f"replaced, but for now {self.library} computes", self.waiting)
         lines += _by_reason(f"left to {self.library}", self.left)
-        lines += _by_reason(f"replaced, but for now computed by {self.library}", self.waiting)
         return "\n".join(lines)
 
 
@@ -42,9 +45,7 @@ def _by_reason(title: str, reasons: dict[str, str]) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(name)
-    if not names:
-        return []
-    lines = [f"{title}: {len(reasons)}"]
+    lines = [f"{title} {len(reasons)}:"] if names else []
     for reason, group in names.items():
         more = f" and {len(group) - 3} more" if len(group) > 3 else ""
         lines.append(f"  {reason}: {', '.join(group[:3])}{more}")
