@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -11,7 +11,9 @@ from torch import Tensor
 
 import pelt_fast
 from pelt_fast import functional as PF
-from pelt_fast.env import BACKENDS
+from pelt_fast.env import env
+from pelt_fast.random import new_seed
+from pelt_fast.testing import oracle
 from pelt_fast.testing.workloads import LoRAInputs
 
 
@@ -39,19 +41,46 @@ class Backend:
 
     def require(self, inputs: LoRAInputs) -> None:
         explanation = pelt_fast.explain("lora_linear", *inputs.args, **inputs.kwargs, backend=self.name)
-        errors = [choice.error for choice in explanation.choices if choice.error]
-        if errors:
-            (pytest.fail if self.required else pytest.skip)("\n".join(errors))
+        # Without the line that names the problem, so that pytest folds equal reasons into one.
+        reasons = {
+            line.strip()
+            for choice in explanation.choices
+            for line in (choice.error or "").splitlines()[1:]
+        }
+        if reasons:
+            (pytest.fail if self.required else pytest.skip)(f"{self.name}: {' '.join(reasons)}")
 
     def __call__(self, inputs: LoRAInputs) -> Tensor:
         self.require(inputs)
         return PF.lora_linear(*inputs.args, **inputs.kwargs, backend=self.name)
 
+    def run(
+        self, inputs: LoRAInputs, wanted: Iterable[str] | None = None, seed: int = 0
+    ) -> tuple[oracle.Results, oracle.Masks]:
+        """y and the gradients by name, and the dropout masks that the call drew."""
+        torch.manual_seed(seed)
+        keep = oracle.masks(inputs, new_seed(inputs.x.device))
+        torch.manual_seed(seed)
+        return oracle.run(self, inputs, wanted), keep
 
-@pytest.fixture(params=[name for name in BACKENDS if name != "auto"])
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        on_gpu = metafunc.config.getoption("--device") != "cpu"
+        names = ["reference", "torch", *(["triton"] if on_gpu or env.triton_cpu else ["cpp"])]
+        metafunc.parametrize("backend", names, indirect=True)
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Backend:
     required = request.config.getoption("--require-backends").split(",")
     return Backend(request.param, request.param in required)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """On a busy machine the threads of tiny operations wait for each other ten times longer than they compute."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
