@@ -10,6 +10,7 @@ of a reason are put together only when there is one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,8 @@ from ..functional import MAX_RANK
 
 Operands = dict[str, Any]
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = (*_AUTOCAST, torch.float64)
 _LINEAR = (nn.Linear.forward,)
 _BASE = (nn.Linear.forward, Conv1D.forward)
 _DROPOUT = (nn.Dropout.forward, nn.Identity.forward)
@@ -34,11 +36,13 @@ def kind_obstacle(layer: lora.Linear) -> str | None:
     base = layer.base_layer
     if type(base).forward not in _BASE:
         return f"its base layer is a {_type_name(base)}, not a plain nn.Linear or Conv1D"
-    obstacle = _tensor_obstacle(base.weight, "base weight")
-    if obstacle is not None:
-        return obstacle
-    obstacles = [_adapter_obstacle(layer, name) for name in layer.lora_A]
-    return obstacles[0] if obstacles and None not in obstacles else None
+    weight = _parameter(base, "weight")
+    if weight.dtype not in _FLOATS:
+        return f"base weight is {dtype_name(weight.dtype)}"
+    variants = {name: _variant_obstacle(layer, name) for name in layer.lora_A}
+    if not variants or None in variants.values():
+        return None
+    return "; ".join(f"adapter {name!r}: {variant}" for name, variant in variants.items())
 
 
 def operands(layer: lora.Linear, x: Tensor | None = None) -> Operands | str:
@@ -59,51 +63,32 @@ def operands(layer: lora.Linear, x: Tensor | None = None) -> Operands | str:
         return "the cast of its input is disabled"
     if _has_any_global_hook():
         return "a global module hook is registered"
-    modules = layer._modules
-    base = modules["base_layer"]
-    obstacle = _module_obstacle(base, _BASE, "base_layer")
-    if obstacle is not None:
-        return obstacle
-    weight = _parameter(base, "weight")
-    obstacle = _tensor_obstacle(weight, "base weight") or _input_obstacle(x, weight)
-    if obstacle is not None:
-        return obstacle
+    base = layer._modules["base_layer"]
+    weight, bias = _parameter(base, "weight"), _parameter(base, "bias")
     autocast = x is not None and torch.is_autocast_enabled(x.device.type)
-
-    a_by_name, b_by_name = modules["lora_A"]._modules, modules["lora_B"]._modules
-    dropout_by_name = modules["lora_dropout"]._modules
-    lora_a, lora_b, lora_bias, scaling, dropout_p = [], [], [], [], []
+    obstacle = (
+        _module_obstacle(base, _BASE, "base_layer")
+        or _tensor_obstacle(weight, "base weight")
+        or _input_obstacle(x, weight, autocast)
+    )
+    if obstacle is not None:
+        return obstacle
+    if bias is not None and bias.dtype is not weight.dtype and not autocast:
+        return f"base bias is {dtype_name(bias.dtype)}, base weight {dtype_name(weight.dtype)}"
+    adapters = []
     for name in layer.active_adapters:
-        if name not in a_by_name:  # active elsewhere in the model
-            continue
-        a_module, b_module, dropout = a_by_name[name], b_by_name[name], dropout_by_name[name]
-        a, b = _parameter(a_module, "weight"), _parameter(b_module, "weight")
-        b_bias, scale = _parameter(b_module, "bias"), layer.scaling[name]
-        obstacle = (
-            _adapter_obstacle(layer, name)
-            or _module_obstacle(a_module, _LINEAR, "lora_A", name)
-            or _module_obstacle(b_module, _LINEAR, "lora_B", name)
-            or _module_obstacle(dropout, _DROPOUT, "lora_dropout", name)
-            or _tensor_obstacle(a, "lora_A", name)
-            or _tensor_obstacle(b, "lora_B", name)
-            or (None if autocast else _dtype_obstacle((a, b, b_bias), weight.dtype, name))
-        )
-        if obstacle is not None:
-            return obstacle
-        if not isinstance(scale, (float, int)):
-            return f"the scaling of adapter {name!r} is a {_type_name(scale)}, not a number"
-        lora_a.append(a)
-        lora_b.append(b)
-        lora_bias.append(b_bias)
-        scaling.append(scale)
-        # the dropout's own mode counts, as in PEFT: it may differ from the layer's
-        dropout_p.append(dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0)
-    if not lora_a:
+        if name in layer._modules["lora_A"]._modules:  # it may be active elsewhere in the model
+            adapter = _adapter(layer, name, weight, autocast)
+            if isinstance(adapter, str):
+                return f"adapter {name!r}: {adapter}"
+            adapters.append(adapter)
+    if not adapters:
         return f"the active adapter {_names(layer.active_adapters)} is not on this layer"
+    lora_a, lora_b, lora_bias, scaling, dropout_p = zip(*adapters, strict=True)
     return {
         # Conv1D keeps its weight as (in, out)
         "weight": weight if isinstance(base, nn.Linear) else weight.t(),
-        "bias": _parameter(base, "bias"),
+        "bias": bias,
         "lora_a": lora_a,
         "lora_b": lora_b,
         "scaling": scaling,
@@ -112,13 +97,51 @@ def operands(layer: lora.Linear, x: Tensor | None = None) -> Operands | str:
     }
 
 
+def _adapter(
+    layer: lora.Linear, name: str, weight: Tensor, autocast: bool
+) -> tuple[Tensor, Tensor, Tensor | None, float, float] | str:
+    """lora_a, lora_b, lora_bias, scaling and dropout_p of one adapter, or the reason against it."""
+    modules = layer._modules
+    a_module, b_module = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    dropout, scaling = modules["lora_dropout"]._modules[name], layer.scaling[name]
+    obstacle = (
+        _variant_obstacle(layer, name)
+        or _module_obstacle(a_module, _LINEAR, "lora_A")
+        or _module_obstacle(b_module, _LINEAR, "lora_B")
+        or _module_obstacle(dropout, _DROPOUT, "lora_dropout")
+    )
+    if obstacle is not None:
+        return obstacle
+    lora_a, lora_b = _parameter(a_module, "weight"), _parameter(b_module, "weight")
+    lora_bias = _parameter(b_module, "bias")
+    obstacle = (
+        _tensor_obstacle(lora_a, "lora_A")
+        or _tensor_obstacle(lora_b, "lora_B")
+        or _mixture_obstacle((lora_a, lora_b, lora_bias), weight, autocast)
+    )
+    if obstacle is not None:
+        return obstacle
+    if _parameter(a_module, "bias") is not None:
+        return "lora_A has a bias"
+    if lora_a.shape[0] > MAX_RANK:
+        return f"rank {lora_a.shape[0]} is above {MAX_RANK}"
+    if not isinstance(scaling, (float, int)) or not math.isfinite(scaling):
+        return f"scaling is {scaling!r}, not a finite number"
+    if not isinstance(dropout, nn.Dropout):
+        return lora_a, lora_b, lora_bias, scaling, 0.0
+    if dropout.inplace:
+        return "lora_dropout works in place"
+    # the dropout's own mode counts, as in PEFT: it may differ from the layer's
+    return lora_a, lora_b, lora_bias, scaling, dropout.p if dropout.training else 0.0
+
+
 def _parameter(module: nn.Module, name: str) -> Any:
     parameters = module._parameters
     # replicas of DataParallel keep theirs as attributes
-    return parameters[name] if name in parameters else getattr(module, name)
+    return parameters[name] if name in parameters else getattr(module, name, None)
 
 
-def _input_obstacle(x: Tensor | None, weight: Tensor) -> str | None:
+def _input_obstacle(x: Tensor | None, weight: Tensor, autocast: bool) -> str | None:
     if x is None:
         return None
     if type(x) is not Tensor and type(x) is not nn.Parameter:
@@ -127,74 +150,64 @@ def _input_obstacle(x: Tensor | None, weight: Tensor) -> str | None:
         return "x is not a dense tensor"
     if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         return "a torch.func transform or torch.jit.trace is active"
-    if not torch.is_autocast_enabled(x.device.type):
-        if x.dtype is not weight.dtype:
-            return (
-                f"outside autocast: x is {dtype_name(x.dtype)}, weight {dtype_name(weight.dtype)}"
-            )
-    elif x.dtype is torch.float64 or x.dtype not in _FLOATS:
-        # autocast leaves these alone, and so takes no part in mixing them with other dtypes
-        return f"x is {dtype_name(x.dtype)} under autocast"
+    if autocast:
+        # autocast casts no others, and so does not mend their mixing
+        return None if x.dtype in _AUTOCAST else f"x is {dtype_name(x.dtype)} under autocast"
+    if x.dtype is not weight.dtype:
+        return f"x is {dtype_name(x.dtype)}, base weight {dtype_name(weight.dtype)}"
     return None
 
 
-def _adapter_obstacle(layer: lora.Linear, name: str) -> str | None:
-    if name in layer.lora_variant:
-        variant = _type_name(layer.lora_variant[name]).removesuffix("LinearVariant")
-        return f"adapter {name!r} uses the variant {variant}"
-    if layer.r[name] > MAX_RANK:
-        return f"adapter {name!r} has rank {layer.r[name]}, above {MAX_RANK}"
-    return None
+def _variant_obstacle(layer: lora.Linear, name: str) -> str | None:
+    if name not in layer.lora_variant:
+        return None
+    return f"variant {_type_name(layer.lora_variant[name]).removesuffix('LinearVariant')}"
 
 
-def _module_obstacle(
-    module: nn.Module, forwards: tuple[Any, ...], part: str, adapter: str | None = None
-) -> str | None:
+def _module_obstacle(module: nn.Module, forwards: tuple[Any, ...], part: str) -> str | None:
     """Why a call of ``module`` is more than what ``lora_linear`` computes in its place."""
     # looked up on the instance, which may have been given a forward of its own
     if getattr(module.forward, "__func__", None) not in forwards:
-        return f"{_part(part, adapter)} has a forward of its own ({_type_name(module)})"
+        return f"{part} has a forward of its own ({_type_name(module)})"
     if (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
     ):
-        return f"{_part(part, adapter)} has hooks"
+        return f"{part} has hooks"
     if "parametrizations" in module._modules:
-        return f"{_part(part, adapter)} is parametrized"
+        return f"{part} is parametrized"
     return None
 
 
-def _tensor_obstacle(tensor: Any, part: str, adapter: str | None = None) -> str | None:
+def _tensor_obstacle(tensor: Any, part: str) -> str | None:
     # a subclass (a DTensor, a quantized tensor) has its own idea of what a product is
     if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
-        return f"{_part(part, adapter)} is a {_type_name(tensor)}"
+        return f"{part} is a {_type_name(tensor)}"
     if tensor.dtype not in _FLOATS:
-        return f"{_part(part, adapter)} is {dtype_name(tensor.dtype)}"
+        return f"{part} is {dtype_name(tensor.dtype)}"
     if tensor.is_meta:
-        return f"{_part(part, adapter)} is on the meta device"
+        return f"{part} is on the meta device"
     if tensor.dim() != 2:  # what FSDP and ZeRO leave of a parameter that is not gathered
-        return f"{_part(part, adapter)} has the shape {tuple(tensor.shape)}, not a matrix's"
+        return f"{part} has the shape {tuple(tensor.shape)}, not a matrix's"
     return None
 
 
-def _dtype_obstacle(
-    tensors: Sequence[Tensor | None], dtype: torch.dtype, adapter: str
+def _mixture_obstacle(
+    tensors: Sequence[Tensor | None], weight: Tensor, autocast: bool
 ) -> str | None:
     for tensor in tensors:
-        if tensor is None or tensor.dtype is dtype:
+        if tensor is None:
             continue
-        if tensor.dtype is not torch.float32 or dtype is torch.float64:
-            return (
-                f"outside autocast: adapter {adapter!r} is {dtype_name(tensor.dtype)}, "
-                f"weight {dtype_name(dtype)}"
-            )
+        if tensor.device != weight.device:
+            return f"it is on {tensor.device}, base weight on {weight.device}"
+        if tensor.dtype is weight.dtype or autocast:
+            continue
+        if tensor.dtype is not torch.float32 or weight.dtype is torch.float64:
+            dtypes = f"it is {dtype_name(tensor.dtype)}, base weight {dtype_name(weight.dtype)}"
+            return f"outside autocast: {dtypes}"
     return None
-
-
-def _part(part: str, adapter: str | None) -> str:
-    return part if adapter is None else f"{part} of adapter {adapter!r}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
