@@ -1,0 +1,1 @@
+"""Benchmarks: a real fine-tune and the kernel table. Run `python -m bench`."""

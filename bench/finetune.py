@@ -1,0 +1,276 @@
+"""A real fine-tune: pretrained MiniLM on movie reviews with LoRA by PEFT, eager and accelerated side by side.
+
+Three models take turns, step by step, on the same batches with the same random numbers:
+
+- *eager*: `get_peft_model`, LoRA on every linear of the encoder and a trained head;
+- *accelerated*: the same after `pelt_fast.accelerate(model)`;
+- *frozen*: no LoRA, only the head is trained, but the gradient goes back exactly as far as in the other two. Its time is
+  the floor, and its accuracy is what the head alone can do.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from torch import Tensor, nn
+
+import pelt_fast
+
+from . import data, memory
+from .cases import DTYPES
+from .probe import has_fast_bf16
+from .timing import Overhead, Stat, overhead, turns
+
+KINDS = ("eager", "accelerated", "frozen")
+TARGETS = ["query", "key", "value", "dense"]
+WARM_UP_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One dtype's runs: each seed trains ``steps`` steps of ``batch`` x ``length`` tokens."""
+
+    dtype: str
+    budget_s: float
+    steps: int
+    batch: int = 16
+    length: int = 32
+    max_seeds: int = 5
+    held_out: int = 512
+    learning_rate: float = 2e-3
+    rank: int = 8
+    note: str = ""
+
+    @property
+    def trains(self) -> bool:
+        """Whether it runs long enough to learn; else only its step times mean something."""
+        return self.steps >= 50
+
+
+@dataclass
+class Run:
+    """One kind of model over all seeds."""
+
+    losses: list[list[float]] = field(default_factory=list)
+    """Per seed, the training loss of each step."""
+    accuracy: list[float] = field(default_factory=list)
+    """Per seed, on held-out text after the last step."""
+    step_s: list[float] = field(default_factory=list)
+    """First seed: forward, backward and optimizer, after the warm-up."""
+    model_s: list[float] = field(default_factory=list)
+    """First seed: forward and backward."""
+    saved_bytes: int | None = None
+    peak_bytes: int | None = None
+
+    @property
+    def step_ms(self) -> Stat:
+        return Stat.of(self.step_s)
+
+    @property
+    def model_ms(self) -> Stat:
+        return Stat.of(self.model_s)
+
+
+@dataclass
+class FineTune:
+    """What one plan gave."""
+
+    plan: Plan
+    runs: dict[str, Run]
+    replaced: str
+    """What `accelerate` said."""
+
+    @property
+    def overhead(self) -> Overhead | None:
+        """Of forward and backward."""
+        return overhead(*(self.runs[kind].model_s for kind in ("frozen", "eager", "accelerated")))
+
+    @property
+    def step_overhead(self) -> Overhead | None:
+        """Of the whole step: the optimizer's work on the LoRA weights, the same for both, is in it."""
+        return overhead(*(self.runs[kind].step_s for kind in ("frozen", "eager", "accelerated")))
+
+
+Tell = Callable[[str, float], None]
+"""Told what goes on and which fraction of the plan is done."""
+
+
+def plans(device: torch.device, budget_s: float, full: bool) -> list[Plan]:
+    """fp32 everywhere; bf16 to be trained where the machine has it, and else only to be timed in a few tiny steps."""
+    steps = 400 if full else 100
+    held_out = 2000 if full else 512
+    batch, length = (64, 64) if device.type == "cuda" else (16, 32)
+    size = {"steps": steps, "held_out": held_out, "batch": batch, "length": length}
+    if has_fast_bf16(device):
+        return [Plan("bf16", 0.6 * budget_s, **size), Plan("fp32", 0.4 * budget_s, **size)]
+    slow = "this CPU has no fast bf16: a few tiny steps, timed but not trained"
+    return [
+        Plan("fp32", 0.85 * budget_s, **size),
+        Plan("bf16", 0.15 * budget_s, steps=8, batch=1, length=16, max_seeds=1, held_out=0, note=slow),
+    ]
+
+
+def finetune(plan: Plan, device: torch.device, tell: Tell = lambda text, done: None) -> FineTune:
+    """Runs a plan: the first seed with all three kinds and clocks, then further seeds while the budget lasts."""
+    started = time.monotonic()
+    train, held_out = data.load_reviews(train=6000, held_out=plan.held_out, length=plan.length)
+    runs = {kind: Run() for kind in KINDS}
+    replaced = ""
+    longest = 0.0
+    for seed in range(plan.max_seeds):
+        begun = time.monotonic()
+        if seed > 0 and begun - started + longest > plan.budget_s:
+            break
+        kinds = KINDS if seed == 0 else KINDS[:2]
+        trainees = {kind: Trainee(kind, plan, seed, device) for kind in kinds}
+        replaced = replaced or trainees["accelerated"].report
+        for step, batch in enumerate(_batches(train, plan, seed, device)):
+            if seed == 0 and step == 1:
+                _watch_memory(trainees, batch, runs, device)
+            order = kinds if step % 2 == 0 else kinds[::-1]
+            for kind in order:
+                model_s, step_s, loss = trainees[kind].step(batch, random_seed=seed * 100_003 + step)
+                if step == 0:
+                    runs[kind].losses.append([])
+                runs[kind].losses[-1].append(loss)
+                if seed == 0 and step >= WARM_UP_STEPS:
+                    runs[kind].model_s.append(model_s)
+                    runs[kind].step_s.append(step_s)
+            loss_now = ", ".join(f"{kind} {runs[kind].losses[-1][-1]:.3f}" for kind in kinds)
+            tell(f"{plan.dtype} seed {seed} step {step + 1}/{plan.steps}: loss {loss_now}", (step + 1) / plan.steps)
+            if step >= 2 * WARM_UP_STEPS and not plan.trains and time.monotonic() - started > plan.budget_s:
+                break
+        if plan.held_out:
+            for kind in kinds:
+                tell(f"{plan.dtype} seed {seed}: held-out accuracy, {kind}", 1.0)
+                runs[kind].accuracy.append(trainees[kind].accuracy(held_out))
+        longest = max(longest, time.monotonic() - begun)
+    return FineTune(plan, runs, replaced)
+
+
+class Trainee:
+    """A model with its optimizer. The same seed gives each kind the same head, adapters and batches."""
+
+    def __init__(self, kind: str, plan: Plan, seed: int, device: torch.device) -> None:
+        torch.manual_seed(seed)
+        self.kind, self._device = kind, device
+        self.report = ""
+        self.model = _classifier(DTYPES[plan.dtype]).to(device)
+        if kind == "frozen":
+            _train_head_only(self.model)
+        else:
+            self.model = _with_lora(self.model, plan.rank)
+        if kind == "accelerated":
+            self.report = str(pelt_fast.accelerate(self.model))
+        self.model.train()
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(self._trained, lr=plan.learning_rate, fused=True)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, lambda step: min(1.0, (step + 1) / 10) * max(0.0, 1 - step / plan.steps)
+        )
+
+    def loss(self, batch: dict[str, Tensor], random_seed: int) -> Tensor:
+        torch.manual_seed(random_seed)  # the same dropout in every kind
+        return self.model(**batch).loss
+
+    def step(self, batch: dict[str, Tensor], random_seed: int) -> tuple[float, float, float]:
+        """Seconds of forward and backward, seconds of the whole step, and the loss."""
+        start = self._now()
+        loss = self.loss(batch, random_seed)
+        loss.backward()
+        middle = self._now()
+        self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad()
+        return middle - start, self._now() - start, loss.item()
+
+    @torch.no_grad()
+    def accuracy(self, split: data.Split, batch: int = 64) -> float:
+        self.model.eval()
+        right = 0
+        for index in torch.arange(len(split)).split(batch):
+            inputs = split.batch(index, self._device)
+            labels = inputs.pop("labels")
+            right += int((self.model(**inputs).logits.argmax(-1) == labels).sum())
+        self.model.train()
+        return right / len(split)
+
+    def forward_backward(self, batch: dict[str, Tensor]) -> None:
+        """Leaves no trace in the training."""
+        self.loss(batch, random_seed=0).backward()
+        self._optimizer.zero_grad()
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _classifier(dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # says that the head is new, three times per seed
+    model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
+        data.model_dir(), num_labels=2, local_files_only=True
+    )
+    return model.to(dtype)
+
+
+def _with_lora(model: nn.Module, rank: int) -> nn.Module:
+    """PEFT as it comes: over a half-precision model its adapters are fp32."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS, r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=TARGETS
+    )
+    return get_peft_model(model, config)
+
+
+def _train_head_only(model: nn.Module) -> None:
+    """Freezes all but the head, and lets the gradient go back as far as LoRA lets it.
+
+    LoRA in the first layer's query, key and value makes their outputs require a gradient, but not their input; so
+    does the hook.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.classifier.requires_grad_(True)
+
+    def require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
+        if torch.is_grad_enabled() and not output.requires_grad:
+            output.requires_grad_(True)
+
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in TARGETS and isinstance(module, nn.Linear):
+            module.register_forward_hook(require_grad)
+
+
+def _batches(split: data.Split, plan: Plan, seed: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(split), generator=generator)
+    for step in range(plan.steps):
+        start = step * plan.batch % (len(split) - plan.batch + 1)
+        yield split.batch(order[start : start + plan.batch], device)
+
+
+def _watch_memory(
+    trainees: dict[str, Trainee], batch: dict[str, Tensor], runs: dict[str, Run], device: torch.device
+) -> None:
+    for kind, trainee in trainees.items():
+        known = [*trainee.model.parameters(), *trainee.model.buffers(), *batch.values()]
+        runs[kind].saved_bytes = memory.saved_bytes(lambda t=trainee: t.loss(batch, 0), known)
+        runs[kind].peak_bytes = memory.peak_bytes(lambda t=trainee: t.forward_backward(batch), device)
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float]:
+    """Mean, and standard deviation over seeds (0 for one seed)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
