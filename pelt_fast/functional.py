@@ -237,7 +237,7 @@ def _check_adapter(i: int | None, x: Tensor, weight: Tensor, a: Tensor, b: Tenso
 def _check_lora_bias(lora_bias: Any, n: int, x: Tensor, weight: Tensor, autocast: bool) -> Sequence[Tensor | None]:
     if lora_bias is None:
         return (None,) * n
-    values = (lora_bias,) if isinstance(lora_bias, Tensor) else tuple(lora_bias)
+    values = _tensors("lora_bias", lora_bias)
     _check_count("lora_bias", values, n)
     for i, value in enumerate(values):
         if value is not None:
