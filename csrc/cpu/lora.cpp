@@ -1,0 +1,441 @@
+// LoRA linear: y = x Wᵀ + b + Σ sᵢ Bᵢᵀ, sᵢ = scalingᵢ · dropᵢ(x) Aᵢᵀ, and its gradients.
+//
+// Forward and dX are one routine, Pass: both multiply rows by a frozen packed matrix, shrink the same rows to the rank
+// and expand the rank into the product's accumulator. Forward shrinks with A and expands with B, and dropout acts on
+// what is shrunk; backward shrinks dY with B (that is dS) and expands with A, and dropout acts on what is expanded.
+// A block of rows is read once: the shrink and the reduction over rows (dB = dYᵀ s) use the tile that the product has
+// in cache. Reductions over rows go to one partial per chunk of rows, added in order, so results do not change between
+// runs with the same number of threads.
+#include "lora.h"
+
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "engine.h"
+#include "memory.h"
+#include "packed.h"
+
+namespace pelt_fast {
+namespace {
+
+struct Adapter {
+  std::shared_ptr<const Packed> shrink; // (rank, k) in one strip of the padded rank
+  std::shared_ptr<const Packed> expand; // (n, padded rank)
+  int64_t rank, padded, offset, padded_offset; // its columns among all adapters', compact and padded
+  double shrink_scale, expand_scale;
+  Mask mask; // of the input
+};
+
+struct Adapters {
+  std::vector<Adapter> each;
+  int64_t rank = 0, padded = 0;
+  bool any_mask = false;
+};
+
+Mask make_mask(double p, const OptionalTensor& seed, size_t index, int64_t features) {
+  Mask mask;
+  if (p > 0 && seed) {
+    mask.seed = uint64_t(*seed->const_data_ptr<int64_t>());
+    mask.stream = uint32_t(index);
+    mask.features = features;
+    mask.none_kept = p >= 1;
+    // nearbyint rounds ties to even, as Python's round does
+    mask.threshold = uint32_t(std::min(std::nearbyint(p * 4294967296.0), 4294967295.0));
+  }
+  return mask;
+}
+
+double keep_scale(const Mask& mask, double p) {
+  return !mask ? 1.0 : p >= 1 ? 0.0 : 1.0 / (1.0 - p);
+}
+
+// A reduction over rows: c (r, n) += p (rows, r)ᵀ · q (rows, n), one partial sum per chunk of rows.
+template <class A>
+struct Reduction {
+  int64_t r = 0, n = 0, ld = 0;
+  at::Tensor partials; // (chunks, r, ld)
+
+  Reduction() = default;
+  Reduction(int64_t chunks, int64_t r, int64_t n) : r(r), n(n), ld(round_up(n, 64)) {
+    partials = at::empty({chunks, r, ld}, at::CppTypeToScalarType<A>::value);
+  }
+  A* of(int64_t chunk) const { return static_cast<A*>(partials.mutable_data_ptr()) + chunk * r * ld; }
+  void start(int64_t chunk) const { std::fill_n(of(chunk), r * ld, A(0)); }
+
+  // The partials added in order into the first one.
+  const A* total() const {
+    A* first = of(0);
+    at::parallel_for(0, r * ld, 16384, [&](int64_t begin, int64_t end) {
+      for (int64_t c = 1; c < partials.size(0); ++c) {
+        const A* other = of(c);
+        for (int64_t i = begin; i < end; ++i) first[i] += other[i];
+      }
+    });
+    return first;
+  }
+};
+
+// What one thread needs for its tiles.
+struct Workspace {
+  Scratch left, masked, random, right, product, delta, shrunk, transposed;
+};
+
+Workspace& workspace() {
+  static thread_local Workspace workspace;
+  return workspace;
+}
+
+template <class E>
+struct Pass {
+  using T = typename E::T;
+  using A = typename E::A;
+  using O = typename E::Operand;
+
+  const E& engine;
+  const T* x; // (rows, k)
+  int64_t rows, k, stride;
+  const Packed* weight; // null: no product, only the shrink and the reductions
+  const A* bias = nullptr;
+  const Adapters& adapters;
+  bool mask_expand = false; // dropout acts on what is expanded, else on what is shrunk
+  bool shrinks = true;
+  O* shrunk = nullptr;   // (rows, padded): scaled, rounded to T
+  T* s = nullptr;        // (rows, rank): the same, compact; may be null
+  T* y = nullptr;        // (rows, n)
+
+  // reduction over rows of q = x with p (rows, r) and, as a last row, with ones: dB and the sum of dY
+  const Reduction<A>* sums = nullptr;
+  const T* p = nullptr;
+  int64_t p_rank = 0;
+
+  // c (r, row count) = pᵀ of rows [begin, end), padded with zeros to an even count; plus a row of ones if r > rank
+  template <class Get>
+  Tile<O> transposed(int64_t m, int64_t rank, int64_t r, const Get& get) const {
+    const int64_t ld = round_up(m, 2);
+    O* out = workspace().transposed.template get<O>(r * ld);
+    std::fill_n(out, r * ld, O{});
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < rank; ++j) out[j * ld + i] = get(i, j);
+    const O one = engine.operand(E::rounded(engine.kernels, A(1)));
+    if (r > rank) std::fill_n(out + rank * ld, m, one);
+    return {out, ld};
+  }
+
+  // Rows [begin, end), strips [strip0, strip1). first: this call shrinks and reduces too.
+  void block(int64_t begin, int64_t end, int64_t strip0, int64_t strip1, bool first, int64_t chunk) const {
+    Workspace& w = workspace();
+    const int64_t m = end - begin, width = engine.strip();
+    const int64_t strips_at_once = E::kBlockColumns / width;
+    A* s_tile = first ? w.shrunk.template get<A>(m * adapters.padded) : nullptr;
+    Tile<O> ones{};
+    if (first && sums) ones = transposed(m, p_rank, sums->r, [&](int64_t i, int64_t j) { return engine.operand(p[(begin + i) * p_rank + j]); });
+    do {
+      const int64_t stop = std::min(strip1, strip0 + strips_at_once), columns = (stop - strip0) * width;
+      A* c = columns ? w.product.template get<A>(m * columns) : nullptr;
+      for (int64_t k0 = 0; k0 < k; k0 += E::kBlockK) {
+        const int64_t kc = std::min(k - k0, E::kBlockK), kp = round_up(kc, kPair<T>);
+        const T* from = x + begin * stride + k0;
+        const Tile<O> tile = engine.left(m, kc, from, stride, Mask{}, 0, 0, w.left, w.random);
+        for (int64_t strip = strip0; strip < stop; ++strip)
+          engine.gemm(m, width, kp, tile, weight->at<T>(strip, k0), width, c + (strip - strip0) * width, columns, k0 > 0);
+        if (!first) continue;
+        if (shrinks) {
+          for (const Adapter& a : adapters.each) {
+            const bool masked = a.mask && !mask_expand;
+            const Tile<O> in = masked ? engine.left(m, kc, from, stride, a.mask, begin, k0, w.masked, w.random) : tile;
+            engine.gemm(m, a.padded, kp, in, a.shrink->at<T>(0, k0), a.padded, s_tile + a.padded_offset, adapters.padded, k0 > 0);
+          }
+        }
+        if (sums) {
+          const Tile<O> q = E::kLeftIsRight ? tile : engine.right(m, kc, from, stride, Mask{}, 0, 0, w.right, w.random);
+          engine.outer(sums->r, kc, m, ones.data, ones.stride, q, sums->of(chunk) + k0, sums->ld);
+        }
+      }
+      if (first && shrinks) finish_shrink(begin, m, s_tile);
+      first = false;
+      if (columns) {
+        expand(begin, m, strip0, stop, c, columns);
+        const int64_t n0 = strip0 * width, n = std::min(columns, weight->n - n0);
+        for (int64_t i = 0; i < m; ++i) engine.kernels.narrow(n, c + i * columns, bias ? bias + n0 : nullptr, y + (begin + i) * weight->n + n0);
+      }
+      strip0 = stop;
+    } while (strip0 < strip1);
+  }
+
+ private:
+  void finish_shrink(int64_t begin, int64_t m, const A* s_tile) const {
+    for (int64_t i = 0; i < m; ++i) {
+      for (const Adapter& a : adapters.each) {
+        const A* from = s_tile + i * adapters.padded + a.padded_offset;
+        O* to = shrunk + (begin + i) * adapters.padded + a.padded_offset;
+        for (int64_t j = 0; j < a.padded; ++j) {
+          const T value = E::rounded(engine.kernels, j < a.rank ? from[j] * A(a.shrink_scale) : A(0));
+          to[j] = engine.operand(value);
+          if (s && j < a.rank) s[(begin + i) * adapters.rank + a.offset + j] = value;
+        }
+      }
+    }
+  }
+
+  void expand(int64_t begin, int64_t m, int64_t strip0, int64_t stop, A* c, int64_t columns) const {
+    Workspace& w = workspace();
+    const int64_t width = engine.strip(), n0 = strip0 * width, n = std::min(columns, weight->n - n0);
+    for (const Adapter& a : adapters.each) {
+      const bool masked = a.mask && mask_expand;
+      A* out = masked ? w.delta.template get<A>(m * columns) : c;
+      const Tile<O> in{shrunk + begin * adapters.padded + a.padded_offset, adapters.padded};
+      for (int64_t strip = strip0; strip < stop; ++strip)
+        engine.gemm(m, width, a.padded, in, a.expand->at<T>(strip), width, out + (strip - strip0) * width, columns, !masked);
+      for (int64_t i = 0; masked && i < m; ++i) {
+        const uint32_t* words = a.mask.words(engine.kernels, begin + i, n0, n, w.random);
+        engine.kernels.add_masked(n, out + i * columns, A(a.expand_scale), words, a.mask.threshold, c + i * columns);
+      }
+    }
+  }
+};
+
+// Rows in blocks, blocks in chunks of one thread each.
+struct Plan {
+  int64_t rows, block, blocks, chunks;
+
+  Plan(int64_t rows, int64_t most, int64_t unit) : rows(rows) {
+    const int64_t threads = at::get_num_threads();
+    // as many blocks for every thread; small inputs get smaller blocks before threads go idle
+    const int64_t wanted = round_up(std::max<int64_t>(1, (rows + most - 1) / most), std::min(threads, std::max<int64_t>(1, rows / 64)));
+    block = round_up((rows + wanted - 1) / wanted, unit);
+    blocks = (rows + block - 1) / block;
+    chunks = std::min(threads, blocks);
+  }
+
+  // body(chunk, block, begin row, end row), the blocks of a chunk in order in one thread
+  template <class Body>
+  void run(const Body& body) const {
+    at::parallel_for(0, chunks, 1, [&](int64_t from, int64_t to) {
+      for (int64_t chunk = from; chunk < to; ++chunk)
+        for (int64_t b = blocks * chunk / chunks; b < blocks * (chunk + 1) / chunks; ++b)
+          body(chunk, b == blocks * chunk / chunks, b * block, std::min(rows, (b + 1) * block));
+    });
+  }
+};
+
+// Runs a pass over all rows; after(chunk, is first block of the chunk, begin, end) follows each block.
+template <class E, class Start, class After>
+void run_pass(const Pass<E>& pass, const Plan& plan, const Start& start, const After& after) {
+  const int64_t strips = pass.weight ? pass.weight->strips() : 0, threads = at::get_num_threads();
+  // too few rows for all threads: the product is split over columns as well, after the shrink
+  const int64_t splits = plan.chunks >= threads ? 1 : std::min(strips, (threads + plan.blocks - 1) / plan.blocks);
+  plan.run([&](int64_t chunk, bool opens, int64_t begin, int64_t end) {
+    if (opens) start(chunk);
+    pass.block(begin, end, 0, splits > 1 ? 0 : strips, true, chunk);
+    after(chunk, begin, end);
+    pass.engine.finish();
+  });
+  if (splits > 1) {
+    at::parallel_for(0, plan.blocks * splits, 1, [&](int64_t from, int64_t to) {
+      for (int64_t task = from; task < to; ++task) {
+        const int64_t b = task / splits, part = task % splits;
+        pass.block(b * plan.block, std::min(plan.rows, (b + 1) * plan.block), strips * part / splits, strips * (part + 1) / splits, false, 0);
+      }
+      pass.engine.finish();
+    });
+  }
+}
+
+template <class E>
+Adapters make_adapters(const E& engine, at::ScalarType dtype, const std::vector<at::Tensor>& lora_a, const std::vector<at::Tensor>& lora_b, bool forward, bool expands, const std::vector<double>& scaling, const std::vector<double>& dropout_p, const OptionalTensor& seed) {
+  using T = typename E::T;
+  Adapters out;
+  for (size_t i = 0; i < lora_a.size(); ++i) {
+    Adapter a{};
+    a.rank = lora_a[i].size(0);
+    a.padded = round_up(a.rank, engine.lanes());
+    a.offset = out.rank;
+    a.padded_offset = out.padded;
+    a.mask = make_mask(dropout_p[i], seed, i, lora_a[i].size(1));
+    const double keep = keep_scale(a.mask, dropout_p[i]);
+    a.shrink_scale = forward ? scaling[i] * keep : scaling[i];
+    a.expand_scale = forward ? 1.0 : keep;
+    a.shrink = packed(forward ? lora_a[i] : lora_b[i].t(), dtype, a.padded, kPair<T>, kPair<T>);
+    if (expands) a.expand = packed(forward ? lora_b[i] : lora_a[i].t(), dtype, engine.strip(), kPair<T>, engine.lanes());
+    out.rank += a.rank;
+    out.padded += a.padded;
+    out.any_mask = out.any_mask || a.mask;
+    out.each.push_back(std::move(a));
+  }
+  return out;
+}
+
+// b + Σ scalingᵢ · lora_biasᵢ in the accumulator's type, padded to whole strips; undefined when there is none.
+template <class A>
+at::Tensor total_bias(const OptionalTensor& bias, const std::vector<OptionalTensor>& lora_bias, const std::vector<double>& scaling) {
+  constexpr at::ScalarType wide = at::CppTypeToScalarType<A>::value;
+  at::Tensor sum;
+  if (bias) sum = bias->to(wide);
+  for (size_t i = 0; i < lora_bias.size(); ++i) {
+    if (!lora_bias[i]) continue;
+    at::Tensor scaled = lora_bias[i]->to(wide).mul(scaling[i]);
+    sum = sum.defined() ? sum.add(scaled) : scaled;
+  }
+  return sum.defined() ? sum.contiguous() : sum;
+}
+
+template <class T>
+const T* data(const at::Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+// lora_a[i] of a compact or padded sum (rows, n): rows [offset, offset + r), times scale, in the parameter's dtype.
+template <class A>
+at::Tensor gradient(const A* sum, int64_t ld, int64_t offset, int64_t r, int64_t n, double scale, bool transpose, at::ScalarType dtype) {
+  at::Tensor view = at::from_blob(const_cast<A*>(sum) + offset * ld, {r, n}, {ld, 1}, at::TensorOptions().dtype(at::CppTypeToScalarType<A>::value));
+  if (transpose) view = view.t();
+  if (scale != 1.0) view = view.mul(scale);
+  at::Tensor out = at::empty(view.sizes(), view.options().dtype(dtype));
+  out.copy_(view);
+  return out;
+}
+
+bool any(const std::vector<bool>& flags) {
+  return std::find(flags.begin(), flags.end(), true) != flags.end();
+}
+
+} // namespace
+
+std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
+    const at::Tensor& x,
+    const at::Tensor& weight,
+    const OptionalTensor& bias,
+    const std::vector<at::Tensor>& lora_a,
+    const std::vector<at::Tensor>& lora_b,
+    const std::vector<OptionalTensor>& lora_bias,
+    const std::vector<double>& scaling,
+    const std::vector<double>& dropout_p,
+    const OptionalTensor& seed) {
+  at::Tensor y, s;
+  with_engine(x.scalar_type(), [&](const auto& engine) {
+    using E = std::decay_t<decltype(engine)>;
+    using T = typename E::T;
+    const auto pack = packed(weight, x.scalar_type(), engine.strip(), kPair<T>, kPair<T>);
+    const Adapters adapters = make_adapters(engine, x.scalar_type(), lora_a, lora_b, true, true, scaling, dropout_p, seed);
+    const at::Tensor biases = total_bias<typename E::A>(bias, lora_bias, scaling);
+    y = empty_rows(x.size(0), weight.size(0), x.options());
+    s = at::empty({x.size(0), adapters.rank}, x.options());
+    const Plan plan(x.size(0), E::kBlockRows, E::kRowUnit);
+    const at::Tensor shrunk = at::empty({x.size(0) * adapters.padded * int64_t(sizeof(typename E::Operand))}, at::kByte);
+    Pass<E> pass{engine, data<T>(x), x.size(0), x.size(1), x.stride(0), pack.get(), nullptr, adapters};
+    if (biases.defined()) pass.bias = data<typename E::A>(biases);
+    pass.shrunk = static_cast<typename E::Operand*>(shrunk.mutable_data_ptr());
+    pass.s = static_cast<T*>(s.mutable_data_ptr());
+    pass.y = static_cast<T*>(y.mutable_data_ptr());
+    run_pass(pass, plan, [](int64_t) {}, [](int64_t, int64_t, int64_t) {});
+  });
+  return {y, s};
+}
+
+LoRAGradients lora_linear_bwd(
+    const at::Tensor& dy,
+    const OptionalTensor& x,
+    const at::Tensor& weight,
+    const std::vector<at::Tensor>& lora_a,
+    const std::vector<at::Tensor>& lora_b,
+    const OptionalTensor& s,
+    const std::vector<double>& scaling,
+    const std::vector<double>& dropout_p,
+    const OptionalTensor& seed,
+    bool need_dx,
+    bool need_dbias,
+    const std::vector<bool>& need_da,
+    const std::vector<bool>& need_db,
+    const std::vector<bool>& need_dlora_bias) {
+  LoRAGradients out;
+  const size_t n = lora_a.size();
+  out.da.resize(n);
+  out.db.resize(n);
+  out.dlora_bias.resize(n);
+  with_engine(dy.scalar_type(), [&](const auto& engine) {
+    using E = std::decay_t<decltype(engine)>;
+    using T = typename E::T;
+    using A = typename E::A;
+    using O = typename E::Operand;
+    const at::ScalarType dtype = dy.scalar_type();
+    const int64_t rows = dy.size(0), in_features = weight.size(1), out_features = weight.size(0);
+    const bool need_ds = need_dx || any(need_da), need_sum = need_dbias || any(need_dlora_bias);
+    const Plan plan(rows, E::kBlockRows, E::kRowUnit);
+
+    std::shared_ptr<const Packed> pack;
+    if (need_dx) pack = packed(weight.t(), dtype, engine.strip(), kPair<T>, kPair<T>);
+    Adapters adapters;
+    if (need_ds) adapters = make_adapters(engine, dtype, lora_a, lora_b, false, need_dx, scaling, dropout_p, seed);
+    Pass<E> pass{engine, data<T>(dy), rows, out_features, dy.stride(0), pack.get(), nullptr, adapters};
+    pass.mask_expand = true;
+    pass.shrinks = need_ds;
+    const at::Tensor shrunk = at::empty({rows * adapters.padded * int64_t(sizeof(O))}, at::kByte);
+    pass.shrunk = static_cast<O*>(shrunk.mutable_data_ptr());
+    if (need_dx) {
+      out.dx = empty_rows(rows, in_features, dy.options());
+      pass.y = static_cast<T*>(out.dx->mutable_data_ptr());
+    }
+
+    // dB and the sum of dY ride on the tiles of dY
+    Reduction<A> over_dy, over_x;
+    at::Tensor s_rows;
+    if (any(need_db) || need_sum) {
+      s_rows = any(need_db) ? s->contiguous() : at::Tensor();
+      pass.p = s_rows.defined() ? data<T>(s_rows) : nullptr;
+      pass.p_rank = s_rows.defined() ? s_rows.size(1) : 0;
+      over_dy = Reduction<A>(plan.chunks, pass.p_rank + (need_sum ? 1 : 0), out_features);
+      pass.sums = &over_dy;
+    }
+    if (any(need_da)) over_x = Reduction<A>(plan.chunks, adapters.padded, in_features);
+
+    // dA: rows of x, read once, against the block's dS
+    auto reduce_x = [&](int64_t chunk, int64_t begin, int64_t end) {
+      if (!over_x.r) return;
+      Workspace& w = workspace();
+      const int64_t m = end - begin;
+      const Tile<O> ds = pass.transposed(m, adapters.padded, adapters.padded, [&](int64_t i, int64_t j) { return pass.shrunk[(begin + i) * adapters.padded + j]; });
+      for (int64_t k0 = 0; k0 < in_features; k0 += E::kBlockK) {
+        const int64_t kc = std::min(in_features - k0, E::kBlockK);
+        const T* from = data<T>(*x) + begin * x->stride(0) + k0;
+        A* to = over_x.of(chunk) + k0;
+        if (!adapters.any_mask) {
+          engine.outer(adapters.padded, kc, m, ds.data, ds.stride, engine.right(m, kc, from, x->stride(0), Mask{}, 0, 0, w.right, w.random), to, over_x.ld);
+          continue;
+        }
+        for (size_t i = 0; i < n; ++i) {
+          const Adapter& a = adapters.each[i];
+          if (!need_da[i]) continue;
+          const Tile<O> q = engine.right(m, kc, from, x->stride(0), a.mask, begin, k0, w.right, w.random);
+          engine.outer(a.padded, kc, m, ds.data + a.padded_offset * ds.stride, ds.stride, q, to + a.padded_offset * over_x.ld, over_x.ld);
+        }
+      }
+    };
+    auto start = [&](int64_t chunk) {
+      if (over_dy.r) over_dy.start(chunk);
+      if (over_x.r) over_x.start(chunk);
+    };
+    if (need_ds || over_dy.r) run_pass(pass, plan, start, reduce_x);
+
+    const A* dy_total = over_dy.r ? over_dy.total() : nullptr;
+    const A* x_total = over_x.r ? over_x.total() : nullptr;
+    int64_t offset = 0;
+    for (size_t i = 0; i < n; ++i) {
+      const int64_t rank = lora_a[i].size(0);
+      if (need_da[i]) {
+        const Adapter& a = adapters.each[i];
+        out.da[i] = gradient(x_total, over_x.ld, a.padded_offset, rank, in_features, a.expand_scale, false, lora_a[i].scalar_type());
+      }
+      if (need_db[i]) out.db[i] = gradient(dy_total, over_dy.ld, offset, rank, out_features, 1.0, true, lora_b[i].scalar_type());
+      if (need_dlora_bias[i]) out.dlora_bias[i] = gradient(dy_total, over_dy.ld, over_dy.r - 1, 1, out_features, scaling[i], false, lora_b[i].scalar_type()).reshape({out_features});
+      offset += rank;
+    }
+    if (need_dbias) out.dbias = gradient(dy_total, over_dy.ld, over_dy.r - 1, 1, out_features, 1.0, false, dtype).reshape({out_features});
+  });
+  return out;
+}
+
+} // namespace pelt_fast

@@ -1,0 +1,224 @@
+#include "packed.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <array>
+#include <cstring>
+#include <list>
+#include <mutex>
+#include <unordered_map>
+
+namespace pelt_fast {
+namespace {
+
+template <class U>
+void fill_strip(const U* source, int64_t n, int64_t k, int64_t stride_n, int64_t stride_k, int64_t strip, int64_t pair, int64_t k_padded, U* out) {
+  // blocks of rows of k: whichever of the two strides is 1, its run stays in cache
+  for (int64_t k0 = 0; k0 < k_padded; k0 += 64) {
+    const int64_t k1 = std::min(k0 + 64, k_padded);
+    for (int64_t j = 0; j < strip; ++j)
+      for (int64_t i = k0; i < k1; ++i)
+        out[(i / pair) * strip * pair + j * pair + i % pair] = j < n && i < k ? source[j * stride_n + i * stride_k] : U(0);
+  }
+}
+
+template <class U>
+void fill(const U* source, int64_t stride_n, int64_t stride_k, int64_t pair, const Packed& pack, U* out) {
+  const int64_t strip = pack.strip, size = strip * pack.k_padded;
+  const int64_t grain = std::max<int64_t>(1, 65536 / size);
+  at::parallel_for(0, pack.strips(), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s)
+      fill_strip(source + s * strip * stride_n, pack.n - s * strip, pack.k, stride_n, stride_k, strip, pair, pack.k_padded, out + s * size);
+  });
+}
+
+std::shared_ptr<const Packed> make(const at::Tensor& source, at::ScalarType dtype, int64_t strip, int64_t pair, int64_t k_unit) {
+  const at::Tensor from = source.detach().to(dtype);
+  auto pack = std::make_shared<Packed>();
+  pack->n = from.size(0);
+  pack->k = from.size(1);
+  pack->strip = strip;
+  pack->k_padded = (pack->k + k_unit - 1) / k_unit * k_unit;
+  pack->data = at::empty({pack->strips() * strip * pack->k_padded}, from.options());
+  // only bits move, so the width of an element is all that matters
+  const void* bits = from.const_data_ptr();
+  void* out = pack->data.mutable_data_ptr();
+  switch (from.element_size()) {
+    case 2:
+      fill(static_cast<const uint16_t*>(bits), from.stride(0), from.stride(1), pair, *pack, static_cast<uint16_t*>(out));
+      break;
+    case 4:
+      fill(static_cast<const uint32_t*>(bits), from.stride(0), from.stride(1), pair, *pack, static_cast<uint32_t*>(out));
+      break;
+    default:
+      fill(static_cast<const uint64_t*>(bits), from.stride(0), from.stride(1), pair, *pack, static_cast<uint64_t*>(out));
+  }
+  return pack;
+}
+
+// What the contents look like: every row and column position of a small tensor, a spread sample of a large one.
+uint64_t fingerprint(const at::Tensor& t) {
+  constexpr int64_t kWhole = 1 << 16, kSample = 512;
+  const auto* bytes = static_cast<const char*>(t.const_data_ptr());
+  const int64_t width = t.element_size();
+  uint64_t hash = 0x9E3779B97F4A7C15ull;
+  auto mix = [&](uint64_t word) { hash = (hash ^ word) * 0xD6E8FEB86659FD93ull, hash ^= hash >> 32; };
+  auto one = [&](int64_t element) {
+    uint64_t word = 0;
+    std::memcpy(&word, bytes + element * width, size_t(width));
+    mix(word);
+  };
+  const int64_t rows = t.size(0), columns = t.size(1), count = rows * columns;
+  if (count * width <= kWhole && t.is_non_overlapping_and_dense()) {
+    int64_t i = 0;
+    for (; i + 8 <= count * width; i += 8) {
+      uint64_t word;
+      std::memcpy(&word, bytes + i, 8);
+      mix(word);
+    }
+    for (; i < count * width; ++i) mix(uint64_t(uint8_t(bytes[i])));
+    return hash;
+  }
+  for (int64_t s = 0; s < kSample; ++s) {
+    // a low-discrepancy walk over all elements
+    const int64_t at = int64_t((uint64_t(s) * 0x9E3779B97F4A7C15ull >> 11) % uint64_t(count));
+    one(at / columns * t.stride(0) + at % columns * t.stride(1));
+  }
+  return hash;
+}
+
+struct Key {
+  const void* storage;
+  std::array<int64_t, 8> numbers; // offset, sizes, strides, source dtype and dtype, strip, pair and unit
+  bool operator==(const Key& other) const = default;
+};
+
+struct KeyHash {
+  size_t operator()(const Key& key) const {
+    uint64_t hash = reinterpret_cast<uintptr_t>(key.storage);
+    for (int64_t n : key.numbers) hash = (hash ^ uint64_t(n)) * 0x9E3779B97F4A7C15ull;
+    return size_t(hash ^ (hash >> 29));
+  }
+};
+
+struct Entry {
+  Key key;
+  c10::weak_intrusive_ptr<c10::StorageImpl> alive;
+  const void* address;
+  int64_t version;
+  uint64_t contents;
+  std::shared_ptr<const Packed> pack;
+};
+
+class Cache {
+ public:
+  std::shared_ptr<const Packed> get(const at::Tensor& source, at::ScalarType dtype, int64_t strip, int64_t pair, int64_t k_unit) {
+    c10::StorageImpl* storage = source.storage().unsafeGetStorageImpl();
+    const Key key{
+        storage,
+        {source.storage_offset(),
+         source.size(0),
+         source.size(1),
+         source.stride(0),
+         source.stride(1),
+         int64_t(source.scalar_type()) * 256 + int64_t(dtype),
+         strip,
+         pair * 4096 + k_unit}};
+    const void* address = source.const_data_ptr();
+    const int64_t version = source.is_inference() ? 0 : int64_t(source._version());
+    const uint64_t contents = fingerprint(source);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      auto found = index_.find(key);
+      if (found != index_.end()) {
+        Entry& entry = *found->second;
+        if (entry.address == address && entry.version == version && entry.contents == contents && !entry.alive.expired()) {
+          entries_.splice(entries_.begin(), entries_, found->second);
+          return entry.pack;
+        }
+      }
+    }
+    auto pack = make(source, dtype, strip, pair, k_unit); // outside the lock: it takes long and uses other threads
+    std::lock_guard<std::mutex> lock(mutex_);
+    forget_freed();
+    auto found = index_.find(key);
+    if (found != index_.end()) erase(found->second);
+    const int64_t size = int64_t(pack->data.nbytes());
+    if (size > limit_) return pack;
+    while (bytes_ + size > limit_) erase(std::prev(entries_.end()));
+    entries_.push_front(
+        {key, c10::weak_intrusive_ptr<c10::StorageImpl>(source.storage().getWeakStorageImpl()), address, version, contents, pack});
+    index_[key] = entries_.begin();
+    bytes_ += size;
+    return pack;
+  }
+
+  int64_t bytes() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    forget_freed();
+    return bytes_;
+  }
+
+  void clear() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    entries_.clear();
+    index_.clear();
+    bytes_ = 0;
+  }
+
+  void set_limit(int64_t limit) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    limit_ = limit;
+    while (bytes_ > limit_) erase(std::prev(entries_.end()));
+  }
+
+ private:
+  using Entries = std::list<Entry>; // most recently used first
+
+  void erase(Entries::iterator entry) {
+    bytes_ -= int64_t(entry->pack->data.nbytes());
+    index_.erase(entry->key);
+    entries_.erase(entry);
+  }
+
+  void forget_freed() {
+    for (auto entry = entries_.begin(); entry != entries_.end();) {
+      auto next = std::next(entry);
+      if (entry->alive.expired()) erase(entry);
+      entry = next;
+    }
+  }
+
+  std::mutex mutex_;
+  Entries entries_;
+  std::unordered_map<Key, Entries::iterator, KeyHash> index_;
+  int64_t bytes_ = 0, limit_ = int64_t(4096) << 20;
+};
+
+Cache& cache() {
+  static Cache* const cache = new Cache; // never destroyed: tensors may outlive the library's statics
+  return *cache;
+}
+
+} // namespace
+
+std::shared_ptr<const Packed> packed(const at::Tensor& source, at::ScalarType dtype, int64_t strip, int64_t pair, int64_t k_unit) {
+  return cache().get(source, dtype, strip, pair, k_unit);
+}
+
+int64_t packed_bytes() {
+  return cache().bytes();
+}
+
+void clear_packed() {
+  cache().clear();
+}
+
+void set_packed_limit(int64_t bytes) {
+  cache().set_limit(bytes);
+}
+
+} // namespace pelt_fast

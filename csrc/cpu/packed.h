@@ -1,0 +1,34 @@
+// Packed copies of frozen weights and adapters, made once and kept while they are true.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+
+namespace pelt_fast {
+
+// A matrix (n, k) as strips of `strip` columns; a strip is k_padded / pair groups of strip × pair elements.
+// Columns past n and rows past k are zero.
+struct Packed {
+  at::Tensor data;
+  int64_t n, k, k_padded, strip;
+
+  int64_t strips() const { return (n + strip - 1) / strip; }
+  // Strip s from row k0 (a multiple of the pair) on.
+  template <class T>
+  const T* at(int64_t s, int64_t k0 = 0) const {
+    return reinterpret_cast<const T*>(data.const_data_ptr()) + s * strip * k_padded + k0 * strip;
+  }
+};
+
+// Packs source (n, k), any strides, cast to dtype, k padded to a multiple of k_unit (itself one of pair). The pack is kept, and given again only while the source is the same
+// storage at the same version with the same contents: all bytes of a small tensor are compared by hash, of a large one
+// the version counter and a sample. A freed source takes its packs with it.
+std::shared_ptr<const Packed> packed(const at::Tensor& source, at::ScalarType dtype, int64_t strip, int64_t pair, int64_t k_unit);
+
+int64_t packed_bytes();
+void clear_packed();
+// The most memory that packs may take together; the least recently used go first; 0 keeps none.
+void set_packed_limit(int64_t bytes);
+
+} // namespace pelt_fast
