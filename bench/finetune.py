@@ -114,7 +114,7 @@ def plans(device: torch.device, budget_s: float, full: bool) -> list[Plan]:
     slow = "this CPU has no fast bf16: a few tiny steps, timed but not trained"
     return [
         Plan("fp32", 0.85 * budget_s, **size),
-        Plan("bf16", 0.15 * budget_s, steps=8, batch=1, length=16, max_seeds=1, held_out=0, note=slow),
+        Plan("bf16", 0.15 * budget_s, steps=8, batch=1, length=16, max_seeds=1, note=slow),
     ]
 
 
@@ -133,7 +133,7 @@ def finetune(plan: Plan, device: torch.device, tell: Tell = lambda text, done: N
         trainees = {kind: Trainee(kind, plan, seed, device) for kind in kinds}
         replaced = replaced or trainees["accelerated"].report
         for step, batch in enumerate(_batches(train, plan, seed, device)):
-            if seed == 0 and step == 1:
+            if seed == 0 and step == WARM_UP_STEPS:
                 _watch_memory(trainees, batch, runs, device)
             order = kinds if step % 2 == 0 else kinds[::-1]
             for kind in order:
@@ -148,7 +148,7 @@ def finetune(plan: Plan, device: torch.device, tell: Tell = lambda text, done: N
             tell(f"{plan.dtype} seed {seed} step {step + 1}/{plan.steps}: loss {loss_now}", (step + 1) / plan.steps)
             if step >= 2 * WARM_UP_STEPS and not plan.trains and time.monotonic() - started > plan.budget_s:
                 break
-        if plan.held_out:
+        if plan.trains:
             for kind in kinds:
                 tell(f"{plan.dtype} seed {seed}: held-out accuracy, {kind}", 1.0)
                 runs[kind].accuracy.append(trainees[kind].accuracy(held_out))

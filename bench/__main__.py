@@ -1,0 +1,166 @@
+"""`python -m bench`: the fine-tune, the kernel table, and what is written about them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from . import environment, plots, report
+from .data import MissingPackage
+from .finetune import FineTune, finetune, plans
+from .measure import Row
+from .results import collect, load, merged, save
+
+BENCH = Path(__file__).resolve().parent
+QUICK_S = {"finetune": 105.0, "table": 160.0}
+FULL_S = {"finetune": 600.0, "table": 1800.0}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    console = Console()
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder = options.output or BENCH / "results" / environment.slug(device)
+    if options.only == "report":
+        _present(load(folder), folder, options.readme, console)
+        return 0
+    seconds = FULL_S if options.full else QUICK_S
+    meta = environment.describe(device)
+    meta["mode"] = "full" if options.full else "quick"
+    console.print(f"[bold]pelt_fast benchmark[/] on {meta['device']} ({meta['instruction_set']})")
+    console.print(f"about {sum(seconds.values()) / 60:.0f} minutes; results go to {folder}\n", highlight=False)
+    failed = False
+    rows: list[Row] = []
+    tunes: list[FineTune] = []
+    if options.only != "table":
+        try:
+            tunes = _finetune(device, options.budget or seconds["finetune"], options.full, console)
+        except MissingPackage as missing:
+            failed = True
+            console.print(f"[red]fine-tune not run:[/] {missing}", highlight=False)
+    if options.only != "finetune":
+        rows, ok = _table(device, options.budget or seconds["table"], options.full, console)
+        failed |= not ok
+    results = merged(collect(meta, rows, tunes), folder)
+    save(results, folder)
+    _present(load(folder), folder, options.readme, console)
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--full", action="store_true", help="every row, more steps and seeds: about 40 minutes")
+    parser.add_argument("--only", choices=("finetune", "table", "report"), help="a part; report: from the last results")
+    parser.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
+    parser.add_argument("--budget", type=float, help="seconds for each part")
+    parser.add_argument("--output", type=Path, help="folder of the results (default: bench/results/<device>)")
+    parser.add_argument(
+        "--readme", type=Path, help="where to write the results between the marks", default=environment.ROOT / "README.md"
+    )
+    parser.add_argument("--no-readme", dest="readme", action="store_const", const=None, help="leave the README alone")
+    return parser
+
+
+def _finetune(device: torch.device, budget_s: float, full: bool, console: Console) -> list[FineTune]:
+    found = []
+    for plan in plans(device, budget_s, full):
+        with _progress(console) as progress:
+            task = progress.add_task(f"fine-tune {plan.dtype}", total=1.0)
+            one = finetune(plan, device, lambda text, done: progress.update(task, description=text, completed=done))
+        found.append(one)
+        console.print(one.replaced, style="dim", highlight=False)
+    return found
+
+
+def _table(device: torch.device, budget_s: float, full: bool, console: Console) -> tuple[list[Row], bool]:
+    """Runs the pytest-benchmark suite in this process, with its own tables replaced by a line per row."""
+    with _progress(console) as progress:
+        listener = _Listener(progress)
+        arguments = [
+            str(BENCH / "test_lora_linear.py"),
+            "-q",
+            "--no-header",
+            "--no-summary",
+            "--benchmark-quiet",
+            "-p",
+            "no:cacheprovider",
+            f"--bench-device={device}",
+            f"--bench-budget={budget_s}",
+            *(["--bench-full"] if full else []),
+        ]
+        code = pytest.main(arguments, plugins=[listener])
+    for failure in listener.failures:
+        console.print(failure, style="red", highlight=False, markup=False)
+    return listener.rows, code == pytest.ExitCode.OK
+
+
+class _Listener:
+    """Listens to the suite: collects the rows and shows progress."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.rows: list[Row] = []
+        self.failures: list[str] = []
+        self._progress = progress
+        self._task = progress.add_task("kernel table", total=None)
+        self._began = time.monotonic()
+
+    def pytest_bench_row(self, row: Row, done: int, total: int) -> None:
+        self.rows.append(row)
+        self._progress.update(self._task, description=f"kernel table {done}/{total}", completed=done, total=total)
+        self._progress.console.print(f"{str(row.case):32} {_line(row)}", highlight=False, markup=False)
+
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
+        """No dots: they would run through the lines of the rows."""
+        if report.when == "call" or report.skipped or report.failed:
+            return (report.outcome, "", "")
+        return None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            text = str(report.longrepr).strip().splitlines()
+            self.failures.append(f"{report.nodeid}: {text[-1] if text else 'failed'}")
+
+
+def _line(row: Row) -> str:
+    if row.not_run:
+        return f"not run: {row.not_run}"
+    ours = row.entries.get("ours_base")
+    if ours is None or not ours.times:
+        return ours.wrong or ours.missing if ours else "not measured"
+    pass_ = row.main_pass
+    frozen, peft = (row.entries[name].ms(pass_) for name in ("frozen", "peft_base"))
+    overhead = ours.overhead.get(pass_)
+    text = f"frozen {frozen:8.3f}  PEFT {peft:8.3f}  ours {ours.ms(pass_):8.3f} ms"
+    text += f"  overhead {overhead.value:+.2f}" if overhead else ""
+    return text + f"  ({ours.ran}, {row.rounds} rounds)"
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
+    )
+
+
+def _present(results: dict, folder: Path, readme: Path | None, console: Console) -> None:
+    drawn = plots.plot_all(results, folder)
+    console.print()
+    report.print_tables(console, report.tables(results))
+    for line in report.headlines(results):
+        console.print(line, style="bold", highlight=False)
+    console.print(report.provenance(results), style="dim", highlight=False)
+    written = [folder / "results.json", folder / "kernels.csv", folder / "finetune.csv", *drawn]
+    if readme is not None and readme.exists() and report.update_readme(readme, results, folder):
+        written.append(readme)
+    console.print("\nwritten: " + ", ".join(str(path) for path in written), highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,368 @@
+"""From results to what a person reads: tables, the same in the terminal and in the README."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .cases import Case, sort_key
+from .finetune import mean_and_spread
+from .results import Results
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+LOST = "▲"
+"""Marks what we lose: slower than PEFT, or further from fp64."""
+MIB = 1 << 20
+
+
+@dataclass
+class TextTable:
+    """A table before it knows where it is shown."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        lines = [f"**{self.title}**", ""]
+        lines.append("| " + " | ".join(self.columns) + " |")
+        lines.append("|" + "---|" * len(self.columns))
+        lines += ["| " + " | ".join(row) + " |" for row in self.rows]
+        lines += ["", *(f"{note}\n" for note in self.notes)] if self.notes else [""]
+        return "\n".join(lines)
+
+    def rich(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=self.title, title_justify="left", title_style="bold")
+        for column in self.columns:
+            table.add_column(column, justify="right")
+        for row in self.rows:
+            lost = any(LOST in cell for cell in row)
+            table.add_row(*row, style="red" if lost else None)
+        return Group(table, *(Text(note, style="dim") for note in self.notes))
+
+
+def tables(results: Results) -> list[TextTable]:
+    """Every table that has a row."""
+    found = [
+        _finetune_table(results),
+        _train_table(results),
+        _decode_table(results),
+        _contenders_table(results),
+        _memory_table(results),
+        _not_run_table(results),
+    ]
+    return [table for table in found if table.rows]
+
+
+def headlines(results: Results) -> list[str]:
+    """The overhead in a sentence per dtype, wins and losses."""
+    lines = []
+    for one in results["finetune"]:
+        overhead = one["overhead"]
+        if overhead:
+            gone = 100 * (1 - overhead["value"])
+            lines.append(
+                f"MiniLM fine-tune in {one['plan']['dtype']}: {gone:.0f} % of PEFT's overhead over the frozen "
+                "model's step is gone"
+                + (" (a few tiny steps only)." if not one["trained"] else ".")
+            )
+    rows = [row for row in run_rows(results) if row["mode"] == "train" and row["tokens"] >= 512]
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        means = []
+        for form, text in FORMS.items():
+            values = [v for row in rows if row["dtype"] == dtype for v in [overhead_of(row, f"ours_{form}")] if v is not None]
+            if values:
+                means.append(f"{statistics.fmean(values):+.2f} {text} ({len(values)} rows)")
+        if means:
+            lines.append(f"Mean PELT overhead in {dtype}, T ≥ 512: " + ", ".join(means) + ".")
+    compared, lost = _comparisons(results)
+    if compared:
+        lines.append(f"Slower than PEFT in {lost} of {compared} comparisons (marked {LOST}).")
+    return lines
+
+
+FORMS = {
+    "base": "against PEFT with adapters in the base dtype",
+    "dropout": "with dropout 0.1",
+    "fp32": "against PEFT's default, fp32 adapters",
+}
+
+
+def provenance(results: Results) -> str:
+    meta = results["meta"]
+    versions = ", ".join(f"{name} {v}" for name, v in meta["versions"].items() if v)
+    busy = meta.get("load_average", 0) > 0.5
+    return (
+        f"{meta['device']} ({meta['instruction_set']}, {meta['threads']} threads), {meta['date']}, "
+        f"commit {meta['commit'] or 'unknown'}; {versions}."
+        + (f" The machine was not idle at the start: load average {meta['load_average']}." if busy else "")
+    )
+
+
+def update_readme(readme: Path, results: Results, folder: Path) -> bool:
+    """Writes the results between the two marks; False when the README has no marks."""
+    text = readme.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        return False
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    readme.write_text(
+        before + BEGIN + "\n" + markdown(results, folder, readme.parent) + END + after, encoding="utf-8"
+    )
+    return True
+
+
+def markdown(results: Results, folder: Path, root: Path) -> str:
+    """The results section, with its pictures linked relative to ``root``."""
+    parts = [provenance(results), ""]
+    parts += [f"- {line}" for line in headlines(results)] + [""]
+    for name, alt in (("overhead.png", "PELT overhead by shape"), ("finetune.png", "MiniLM fine-tune, loss and step time")):
+        if (folder / name).exists():
+            parts += [f"![{alt}]({(folder / name).relative_to(root).as_posix()})", ""]
+    parts += [table.markdown() for table in tables(results)]
+    return "\n".join(parts) + "\n"
+
+
+# --- tables
+
+
+def _train_table(results: Results) -> TextTable:
+    gpu = results["meta"]["kind"] == "cuda"
+    table = TextTable(
+        "LoRA linear, r = 8, forward + backward (ms, medians)",
+        ["dtype", "T", "in → out", "frozen", "PEFT", "ours", "ours / PEFT"]
+        + ["overhead", "p10 to p90", "dropout", "fp32 adapter", "error / PEFT", "ran"]
+        + (["GB/s", "TFLOP/s", "host ms"] if gpu else []),
+    )
+    for row in run_rows(results):
+        if row["mode"] != "train":
+            continue
+        ours = row["contenders"]["ours_base"]
+        error = ours["error_ratio"]
+        cells = [
+            row["dtype"],
+            str(row["tokens"]),
+            f"{row['in_features']} → {row['out_features']}",
+            *(_ms(row, name) for name in ("frozen", "peft_base", "ours_base")),
+            _ratio_cell(row, "ours_base", "peft_base"),
+            _overhead_cell(row, "ours_base"),
+            _interval_cell(row, "ours_base"),
+            _overhead_cell(row, "ours_dropout"),
+            _overhead_cell(row, "ours_fp32"),
+            f"{error['mean']:.2f}" + (f" {LOST}" if error["mean"] > 1.005 else "") if error else "–",
+            ours["ran"] if not ours["wrong"] else f"WRONG {LOST}",
+        ]
+        if gpu:
+            seconds = _median(row, "ours_base") / 1e3
+            cells += [f"{row['bytes'] / seconds / 1e9:.0f}", f"{row['flops'] / seconds / 1e12:.1f}"]
+            cells += [f"{ours['host_ms']:.3f}" if ours["host_ms"] else "–"]
+        table.rows.append(cells)
+    table.notes = [
+        "*overhead* = (ours − frozen) / (PEFT − frozen): 0 is the frozen linear's cost, 1 is PEFT's, with an interval over "
+        "resampled rounds; *dropout* and *fp32 adapter*: the same against PEFT with dropout 0.1, and with its default of an "
+        "fp32 adapter. Bare ratios (×) stand where PEFT costs less than 2 % over frozen, and a quotient would be noise. "
+        "*error / PEFT*: mean distance from fp64 over PEFT's, the worst of y, dx, dA, dB. "
+        f"{LOST}: slower, or less exact, than PEFT.",
+    ]
+    return table
+
+
+def _decode_table(results: Results) -> TextTable:
+    table = TextTable(
+        "Decoding, forward without gradient (ms, medians)",
+        ["dtype", "T", "in → out", "frozen", "PEFT", "ours", "ours / frozen", "ours / PEFT", "ran"],
+    )
+    for row in run_rows(results):
+        if row["mode"] == "decode":
+            table.rows.append(
+                [
+                    row["dtype"],
+                    str(row["tokens"]),
+                    f"{row['in_features']} → {row['out_features']}",
+                    *(_ms(row, name) for name in ("frozen", "peft_base", "ours_base")),
+                    f"{_median(row, 'ours_base') / _median(row, 'frozen'):.2f}",
+                    _ratio_cell(row, "ours_base", "peft_base"),
+                    row["contenders"]["ours_base"]["ran"],
+                ]
+            )
+    return table
+
+
+def _contenders_table(results: Results) -> TextTable:
+    """Everyone, relative to the frozen linear, in the largest rows that each dtype has."""
+    rows = [row for row in run_rows(results) if row["mode"] == "train"]
+    names = [n for n in dict.fromkeys(n for row in rows for n in row["contenders"]) if n != "frozen"]
+    names = [n for n in names if any(_has(row, n) for row in rows)]
+    table = TextTable("Every contender, forward + backward, as a multiple of the frozen linear", ["dtype", "T", "in → out", *names])
+    for row in rows:
+        cells = [f"{_median(row, n) / _median(row, 'frozen'):.2f}" if _has(row, n) else "–" for n in names]
+        table.rows.append([row["dtype"], str(row["tokens"]), f"{row['in_features']} → {row['out_features']}", *cells])
+    if table.rows:
+        table.notes = ["*ours[x]*: the backend x, asked for by name. –: not in this row, see `kernels.csv` for the reason."]
+    return table
+
+
+def _memory_table(results: Results) -> TextTable:
+    """One row per dtype: what is kept between forward and backward beyond x and the weights, and the peak."""
+    wanted = ("frozen", "peft_base", "peft_dropout", "peft_fp32", "addmm", "ours_base", "ours_dropout", "ours_fp32")
+    table = TextTable(
+        "Memory of one step (MiB): saved between forward and backward, peak growth",
+        ["dtype", "T", "in → out", *wanted],
+    )
+    for dtype in dict.fromkeys(row["dtype"] for row in run_rows(results)):
+        rows = [row for row in run_rows(results) if row["dtype"] == dtype and row["mode"] == "train"]
+        if rows:
+            row = max(rows, key=lambda row: row["tokens"] * row["out_features"])
+            cells = []
+            for name in wanted:
+                entry = row["contenders"].get(name, {})
+                saved, peak = entry.get("saved_bytes"), entry.get("peak_bytes")
+                text = f"{saved / MIB:.2f}" if saved is not None else "–"
+                cells.append(text + (f", {peak / MIB:.0f}" if peak is not None else ""))
+            table.rows.append([dtype, str(row["tokens"]), f"{row['in_features']} → {row['out_features']}", *cells])
+    table.notes = ["Saved: new storages only; x and the parameters by alias cost nothing. Peak: results included."]
+    return table
+
+
+def _finetune_table(results: Results) -> TextTable:
+    table = TextTable(
+        "Fine-tune: MiniLM-L6 on Rotten Tomatoes, LoRA r = 8 on every linear of the encoder",
+        ["dtype", "", "forward + backward (ms)", "whole step (ms)", "overhead", "held-out accuracy", "last loss", "saved, peak (MiB)"],
+    )
+    for one in results["finetune"]:
+        for kind, run in one["runs"].items():
+            overhead, step_overhead = one["overhead"], one["step_overhead"]
+            text = {"eager": "1", "frozen": "0"}.get(kind, f"{overhead['value']:+.2f}" if overhead else "–")
+            if kind == "accelerated" and step_overhead:
+                text += f" (whole step {step_overhead['value']:+.2f})"
+            if kind == "accelerated" and run["model_ms"]["median"] > one["runs"]["eager"]["model_ms"]["median"]:
+                text += f" {LOST}"
+            accuracy = "–"
+            if run["accuracy"]:
+                mean, spread = mean_and_spread(run["accuracy"])
+                n = len(run["accuracy"])
+                accuracy = f"{100 * mean:.1f} %" + (f" ± {100 * spread:.1f} ({n} seeds)" if n > 1 else " (1 seed)")
+            table.rows.append(
+                [
+                    one["plan"]["dtype"],
+                    kind if kind != "frozen" else "frozen, head only",
+                    _stat(run["model_ms"]),
+                    _stat(run["step_ms"]),
+                    text,
+                    accuracy,
+                    f"{statistics.fmean(run['losses'][0][-10:]):.3f}" if one["trained"] else "–",
+                    f"{run['saved_bytes'] / MIB:.0f}" + (f", {run['peak_bytes'] / MIB:.0f}" if run["peak_bytes"] else ""),
+                ]
+            )
+        plan = one["plan"]
+        table.notes.append(
+            f"{plan['dtype']}: {len(one['runs']['eager']['losses'][0])} steps of {plan['batch']} × {plan['length']} tokens"
+            + (f"; {plan['note']}." if plan["note"] else "; p20 to p80 in brackets, ± over seeds.")
+        )
+    return table
+
+
+def _not_run_table(results: Results) -> TextTable:
+    table = TextTable("Not run", ["dtype", "T", "in → out", "why"])
+    table.rows = [
+        [row["dtype"], str(row["tokens"]), f"{row['in_features']} → {row['out_features']}", row["not_run"]]
+        for row in _sorted_rows(results)
+        if row["not_run"]
+    ]
+    return table
+
+
+# --- cells
+
+
+def _sorted_rows(results: Results) -> list[dict[str, Any]]:
+    def key(row: dict[str, Any]) -> Any:
+        return sort_key(
+            Case(row["dtype"], row["tokens"], row["in_features"], row["out_features"], row["mode"])
+        )
+
+    return sorted(results["kernels"], key=key)
+
+
+def run_rows(results: Results) -> Iterator[dict[str, Any]]:
+    """Rows in which we were timed, or were wrong."""
+    for row in _sorted_rows(results):
+        ours = row["contenders"].get("ours_base")
+        if ours and (ours["times"] or ours["wrong"]):
+            yield row
+
+
+def _main_pass(row: dict[str, Any]) -> str:
+    return "both" if row["mode"] == "train" else "forward"
+
+
+def _has(row: dict[str, Any], name: str) -> bool:
+    return bool(row["contenders"].get(name, {}).get("times"))
+
+
+def _median(row: dict[str, Any], name: str) -> float:
+    if not _has(row, name):
+        return float("nan")
+    return float(row["contenders"][name]["times"][_main_pass(row)]["median"])
+
+
+def overhead_of(row: dict[str, Any], name: str) -> float | None:
+    found = row["contenders"].get(name, {}).get("overhead", {}).get(_main_pass(row))
+    return float(found["value"]) if found else None
+
+
+def _rival(name: str) -> str:
+    return name.replace("ours_", "peft_")
+
+
+def _ms(row: dict[str, Any], name: str) -> str:
+    value = _median(row, name)
+    return "–" if value != value else (f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}")
+
+
+def _ratio_cell(row: dict[str, Any], name: str, rival: str) -> str:
+    ratio = _median(row, name) / _median(row, rival)
+    return "–" if ratio != ratio else f"{ratio:.2f}" + (f" {LOST}" if ratio > 1 else "")
+
+
+def _overhead_cell(row: dict[str, Any], name: str) -> str:
+    if not _has(row, name) or not _has(row, _rival(name)):
+        return "–"
+    ratio = _median(row, name) / _median(row, _rival(name))
+    value = overhead_of(row, name)
+    text = f"×{ratio:.2f}" if value is None else f"{value:+.2f}"
+    return text + (f" {LOST}" if ratio > 1 else "")
+
+
+def _interval_cell(row: dict[str, Any], name: str) -> str:
+    found = row["contenders"][name]["overhead"].get(_main_pass(row))
+    return f"{found['low']:+.2f} to {found['high']:+.2f}" if found else "–"
+
+
+def _stat(stat: dict[str, float]) -> str:
+    return f"{stat['median']:.1f} [{stat['p20']:.1f} to {stat['p80']:.1f}]"
+
+
+def _comparisons(results: Results) -> tuple[int, int]:
+    """How often we were compared with PEFT in the same form, and how often we were slower."""
+    ratios = [
+        _median(row, f"ours_{form}") / _median(row, f"peft_{form}")
+        for row in run_rows(results)
+        for form in FORMS
+        if _has(row, f"ours_{form}") and _has(row, f"peft_{form}")
+    ]
+    return len(ratios), sum(ratio > 1 for ratio in ratios)
+
+
+def print_tables(console: Any, found: Sequence[TextTable]) -> None:
+    for table in found:
+        console.print(table.rich())
+        console.print()

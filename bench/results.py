@@ -1,0 +1,165 @@
+"""What a run leaves behind: one JSON file, and the same numbers as CSV. Everything shown is made from these."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .finetune import FineTune
+from .measure import Entry, Row
+
+Results = dict[str, Any]
+
+
+def collect(meta: dict[str, Any], rows: Sequence[Row], finetunes: Sequence[FineTune]) -> Results:
+    return {
+        "meta": meta,
+        "kernels": [_row(row) for row in rows],
+        "finetune": [_finetune(one) for one in finetunes],
+    }
+
+
+def save(results: Results, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=1, default=_plain) + "\n")
+    _write_csv(folder / "kernels.csv", list(_flat_kernels(results)))
+    _write_csv(folder / "finetune.csv", list(_flat_finetune(results)))
+
+
+def load(folder: Path) -> Results:
+    results: Results = json.loads((folder / "results.json").read_text())
+    return results
+
+
+def merged(new: Results, folder: Path) -> Results:
+    """``new``, with the part that was not run this time taken from the folder's last results."""
+    if not (folder / "results.json").exists():
+        return new
+    old = load(folder)
+    return {
+        **new,
+        "kernels": new["kernels"] or old["kernels"],
+        "finetune": new["finetune"] or old["finetune"],
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    case = row.case
+    return {
+        "case": str(case),
+        "dtype": case.dtype,
+        "mode": case.mode,
+        "tokens": case.tokens,
+        "in_features": case.in_features,
+        "out_features": case.out_features,
+        "flops": case.flops,
+        "bytes": case.bytes,
+        "rounds": row.rounds,
+        "not_run": row.not_run,
+        "contenders": {name: _entry(entry) for name, entry in row.entries.items()},
+    }
+
+
+def _entry(entry: Entry) -> dict[str, Any]:
+    plain = {key: value for key, value in vars(entry).items() if key not in ("name", "samples")}
+    return _rounded({key: _as_plain(value) for key, value in plain.items()})
+
+
+def _finetune(one: FineTune) -> dict[str, Any]:
+    runs = {
+        kind: {
+            "losses": run.losses,
+            "accuracy": run.accuracy,
+            "step_ms": asdict(run.step_ms),
+            "model_ms": asdict(run.model_ms),
+            "saved_bytes": run.saved_bytes,
+            "peak_bytes": run.peak_bytes,
+        }
+        for kind, run in one.runs.items()
+    }
+    return {
+        "plan": asdict(one.plan),
+        "trained": one.plan.trains,
+        "replaced": one.replaced,
+        "runs": _rounded(runs),
+        "overhead": _rounded(_as_plain(one.overhead)),
+        "step_overhead": _rounded(_as_plain(one.step_overhead)),
+    }
+
+
+def _as_plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_plain(item) for key, item in value.items()}
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+
+
+def _rounded(value: Any) -> Any:
+    """Five digits are more than any timing holds, and keep the file readable."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def _plain(value: Any) -> str:
+    return str(value)
+
+
+def _flat_kernels(results: Results) -> Any:
+    """Long format: one line per case, contender and pass."""
+    for row in results["kernels"]:
+        head = {key: row[key] for key in ("dtype", "mode", "tokens", "in_features", "out_features", "rounds")}
+        if row["not_run"]:
+            yield {**head, "note": "not run: " + row["not_run"]}
+        for name, entry in row["contenders"].items():
+            for pass_, stat in entry["times"].items():
+                overhead = entry["overhead"].get(pass_) or {}
+                error = entry["error_ratio"] or {}
+                yield {
+                    **head,
+                    "contender": name,
+                    "pass": pass_,
+                    "ran": entry["ran"],
+                    "median_ms": stat["median"],
+                    "p20_ms": stat["p20"],
+                    "p80_ms": stat["p80"],
+                    "host_ms": entry["host_ms"],
+                    "overhead": overhead.get("value"),
+                    "overhead_p10": overhead.get("low"),
+                    "overhead_p90": overhead.get("high"),
+                    "max_error_over_peft": error.get("max"),
+                    "mean_error_over_peft": error.get("mean"),
+                    "saved_bytes": entry["saved_bytes"],
+                    "peak_bytes": entry["peak_bytes"],
+                    "note": "",
+                }
+            if entry["wrong"] or entry["missing"]:
+                yield {**head, "contender": name, "note": entry["wrong"] or entry["missing"]}
+
+
+def _flat_finetune(results: Results) -> Any:
+    """One line per dtype, kind, seed and step."""
+    for one in results["finetune"]:
+        for kind, run in one["runs"].items():
+            for seed, losses in enumerate(run["losses"]):
+                for step, loss in enumerate(losses):
+                    yield {
+                        "dtype": one["plan"]["dtype"],
+                        "kind": kind,
+                        "seed": seed,
+                        "step": step,
+                        "loss": loss,
+                    }
+
+
+def _write_csv(path: Path, lines: list[dict[str, Any]]) -> None:
+    columns = list(max(lines, key=len, default={}))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
