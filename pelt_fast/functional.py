@@ -157,7 +157,7 @@ def _check(
         _check_adapter(i if n > 1 else None, x, weight, lora_a[i], lora_b[i], autocast)
     numbers = _numbers("scaling", scaling, n)
     for value in numbers:
-        if not math.isfinite(value):
+        if not -math.inf < value < math.inf:  # math.isfinite would break a graph where scaling is symbolic
             raise ValueError(f"scaling is {value}; expected a finite number")
     rates = _numbers("dropout_p", dropout_p, n)
     for value in rates:
