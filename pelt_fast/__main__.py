@@ -130,8 +130,9 @@ def _build() -> Iterator[str]:
     else:
         yield "not installed: run from a source tree that was never built"
     try:
-        importlib.import_module("pelt_fast._C")
-        yield "extension: loads"
+        cpp = importlib.import_module("pelt_fast.backends.cpp")
+        known = ", ".join(cpp.available_isas())
+        yield f"extension: loads; instruction set in use: {cpp.isa()} (of {known})"
     except ImportError as error:
         yield f"extension: not loaded: {error}"
 
