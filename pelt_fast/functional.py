@@ -196,7 +196,8 @@ def _compute_input(x: Tensor) -> tuple[Tensor, bool]:
     if x.dim() == 0:
         raise ValueError("x has no dimension; expected shape (..., in)")
     device_type = x.device.type
-    if x.dtype in _DTYPES and x.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+    may_cast = x.dtype in _DTYPES and x.dtype != torch.float64 and device_type != "meta"
+    if may_cast and torch.is_autocast_enabled(device_type):
         return x.to(torch.get_autocast_dtype(device_type)), True
     if x.dtype not in _DTYPES:
         raise TypeError(f"x has dtype {x.dtype}; expected float32, bfloat16, float16 or float64")
