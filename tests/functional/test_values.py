@@ -149,3 +149,10 @@ def test_exact_results_stay_exact(backend, device):
     results, keep = backend.run(inputs)
     for name, value in oracle.exact(inputs, keep).items():
         assert torch.equal(results[name].double(), value), name
+
+
+def test_meta_tensors_give_shapes_and_dtypes():
+    """As models built without memory need it."""
+    inputs = Case("", (2, 5), 24, 40, (Adapter(8, bias=True),)).make(torch.bfloat16)
+    y = PF.lora_linear(*inputs.map(lambda _, t: t.to("meta")).args)
+    assert (y.device.type, y.dtype, y.shape) == ("meta", torch.bfloat16, (2, 5, 40))
