@@ -22,6 +22,7 @@ import pelt_fast
 from pelt_fast.integrations import peft as integration
 
 VOCABULARY = 61
+LONGEST_SUM = 128  # the feature and token counts of the models are below
 
 
 def _bert() -> nn.Module:
@@ -143,6 +144,42 @@ def randomize_lora(model: nn.Module, seed: int = 1) -> None:
             if ".lora_A." in name or ".lora_B." in name:
                 std = (1.0 if ".lora_A." in name else 0.1) / math.sqrt(parameter.shape[-1])
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def rounding_of(dtype: torch.dtype, layers: int) -> float:
+    """How far apart two ways to compute the same may be, relative to its size: u · √(3L) + a · √(LK).
+
+    u is the unit roundoff of the dtype that is computed in, a that of fp32, L the LoRA layers, K the
+    longest sum in them. In each layer the three operands of the adapter path (A, B, the rank-r
+    intermediate) are rounded to that dtype, which PEFT's float32 adapters over a half-precision base
+    leave alone, and sums of K terms run in another order. The errors of the layers are independent
+    and add up by squares.
+    """
+    operands = torch.finfo(dtype).eps / 2 * math.sqrt(3 * layers)
+    return operands + torch.finfo(torch.float32).eps / 2 * math.sqrt(layers * LONGEST_SUM)
+
+
+def assert_equal_but_for_rounding(
+    actual: Tensor, expected: Tensor, name: str = "result", layers: int = 14
+) -> None:
+    assert actual.dtype is expected.dtype
+    assert actual.shape == expected.shape
+    error = torch.linalg.vector_norm((actual - expected).double()).item()
+    allowed = (
+        rounding_of(expected.dtype, layers) * torch.linalg.vector_norm(expected.double()).item()
+    )
+    assert error <= allowed, f"{name}: {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.fixture(scope="session")
+def rounding() -> Callable[[torch.dtype, int], float]:
+    return rounding_of
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[..., None]:
+    """assert_same(actual, expected): equal but for the order of sums."""
+    return assert_equal_but_for_rounding
 
 
 Make = Callable[..., nn.Module]

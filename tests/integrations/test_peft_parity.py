@@ -1,21 +1,22 @@
 """An accelerated model computes what PEFT computes, as accurately: outputs, gradients, steps.
 
-Judge is the same PEFT model in fp64. Per tensor, for the norm of the error and its largest element:
+Judge is the same PEFT model in fp64. Per tensor, for the norm of the error and its largest element,
+both relative to those of the tensor:
 
-    our error <= 2 · PEFT's error + (u · √(3L) + a · √(LK)) · size of the tensor
+    our error <= 2 · PEFT's error + u · √(3L) + a · √(LK)
 
-with u the unit roundoff of the dtype that is computed in, a that of fp32, L the LoRA layers of the
-model and K the longest sum in them. In each layer the three operands of the adapter path (A, B, the
-rank-r intermediate) are rounded to that dtype, which PEFT's float32 adapters over a half-precision
-base leave alone, and sums of K terms run in another order; the errors of the layers are independent
-and add up by squares.
+where PEFT's error is the one in that tensor or the median of those in all tensors, whichever is
+larger: in one tensor of a hundred PEFT is lucky, and luck is no yardstick. The rest is `rounding` in
+conftest.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -24,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 ARCHITECTURES = ["bert", "roberta", "t5", "gpt2", "llama"]
-LONGEST_SUM = 128  # the feature and token counts of the models are below
 
 Results = dict[str, Tensor]
 Accelerated = Callable[[nn.Module], nn.Module]
@@ -51,11 +51,12 @@ class Precision:
 
 FP32 = Precision("fp32", torch.float32)
 BF16 = Precision("bf16", torch.bfloat16)
+AUTOCAST = Precision("autocast", torch.float32, autocast=True)
 PRECISIONS = [
     FP32,
     BF16,
     Precision("bf16-adapters-too", torch.bfloat16, adapters_fp32=False),
-    Precision("autocast", torch.float32, autocast=True),
+    AUTOCAST,
     Precision("autocast-bf16-base", torch.bfloat16, autocast=True),
 ]
 
@@ -88,33 +89,41 @@ def three_steps(model: nn.Module, batches: list[dict[str, Tensor]]) -> Results:
     return results
 
 
-def rounding(dtype: torch.dtype, layers: int) -> float:
-    """How far apart two ways to compute the same may be, relative to the size of the result."""
-    operands = torch.finfo(dtype).eps / 2 * math.sqrt(3 * layers)
-    return operands + torch.finfo(torch.float32).eps / 2 * math.sqrt(layers * LONGEST_SUM)
+@pytest.fixture
+def assert_as_accurate(rounding: Callable[[torch.dtype, int], float]) -> Callable[..., None]:
+    """assert_as_accurate(ours, theirs, exact, dtype, layers)"""
+    return functools.partial(_assert_as_accurate, rounding)
 
 
-def assert_equal_but_for_rounding(actual: Tensor, expected: Tensor, layers: int, name: str) -> None:
-    error = torch.linalg.vector_norm((actual - expected).double())
-    allowed = rounding(expected.dtype, layers) * torch.linalg.vector_norm(expected.double())
-    assert error <= allowed, f"{name}: {error.item():.3g}, allowed {allowed.item():.3g}"
-
-
-def assert_as_accurate(
-    ours: Results, theirs: Results, exact: Results, dtype: torch.dtype, layers: int
+def _assert_as_accurate(
+    rounding: Callable[[torch.dtype, int], float],
+    ours: Results,
+    theirs: Results,
+    exact: Results,
+    dtype: torch.dtype,
+    layers: int,
 ) -> None:
     assert ours.keys() == theirs.keys() == exact.keys()
     slack = rounding(dtype, layers)
     wrong = []
-    for name, right in exact.items():
-        assert ours[name].dtype is theirs[name].dtype, name
-        assert ours[name].shape == theirs[name].shape == right.shape, name
-        error, peers = ours[name].double() - right.double(), theirs[name].double() - right.double()
-        for measure in (torch.linalg.vector_norm, _largest):
-            allowed = 2 * measure(peers).item() + slack * measure(right.double()).item()
-            if not measure(error).item() <= allowed:
-                wrong.append(f"{name}: {measure(error).item():.3g}, allowed {allowed:.3g}")
+    for measure in (torch.linalg.vector_norm, _largest):
+        peers = {name: relative_error(theirs[name], exact[name], measure) for name in exact}
+        typical = statistics.median(peers.values())
+        for name in exact:
+            assert ours[name].dtype is theirs[name].dtype, name
+            error = relative_error(ours[name], exact[name], measure)
+            allowed = 2 * max(peers[name], typical) + slack
+            if not error <= allowed:
+                wrong.append(f"{name}: {error:.3g}, allowed {allowed:.3g}")
     assert not wrong, "\n".join(wrong)
+
+
+def relative_error(actual: Tensor, exact: Tensor, measure: Callable[[Tensor], Tensor]) -> float:
+    assert actual.shape == exact.shape
+    exact = exact.double()
+    size = measure(exact).item()
+    error = measure(actual.double() - exact).item()
+    return error / size if size else error
 
 
 def _largest(tensor: Tensor) -> Tensor:
@@ -124,7 +133,13 @@ def _largest(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: p.name)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_outputs_and_every_gradient(
-    name: str, precision: Precision, make, architectures, accelerated: Accelerated, served
+    name: str,
+    precision: Precision,
+    make,
+    architectures,
+    accelerated: Accelerated,
+    served,
+    assert_as_accurate,
 ) -> None:
     arch = architectures[name]
     plain = make(name, precision.weights, precision.adapters_fp32)
@@ -138,10 +153,15 @@ def test_outputs_and_every_gradient(
     assert_as_accurate(ours, theirs, exact, precision.computed, arch.layers)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: p.name)
+@pytest.mark.parametrize("precision", [FP32, BF16, AUTOCAST], ids=lambda p: p.name)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_three_optimizer_steps(
-    name: str, precision: Precision, make, architectures, accelerated: Accelerated
+    name: str,
+    precision: Precision,
+    make,
+    architectures,
+    accelerated: Accelerated,
+    assert_as_accurate,
 ) -> None:
     arch = architectures[name]
     plain = make(name, precision.weights, precision.adapters_fp32)
@@ -171,7 +191,13 @@ def test_three_optimizer_steps(
 )
 @pytest.mark.parametrize("precision", [FP32, BF16], ids=lambda p: p.name)
 def test_configurations(
-    options, precision: Precision, make, architectures, accelerated: Accelerated, served
+    options,
+    precision: Precision,
+    make,
+    architectures,
+    accelerated: Accelerated,
+    served,
+    assert_as_accurate,
 ) -> None:
     arch = architectures["bert"]
     plain = make("bert", precision.weights, **options)
@@ -188,7 +214,13 @@ def test_configurations(
 
 @pytest.mark.parametrize("precision", [FP32, BF16], ids=lambda p: p.name)
 def test_two_active_adapters_are_summed(
-    precision: Precision, make, randomize, architectures, accelerated: Accelerated, served
+    precision: Precision,
+    make,
+    randomize,
+    architectures,
+    accelerated: Accelerated,
+    served,
+    assert_as_accurate,
 ) -> None:
     import peft
 
@@ -210,7 +242,14 @@ def test_two_active_adapters_are_summed(
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradient_checkpointing_changes_nothing(
-    name: str, use_reentrant: bool, dropout: float, make, architectures, accelerated, served
+    name: str,
+    use_reentrant: bool,
+    dropout: float,
+    make,
+    architectures,
+    accelerated,
+    served,
+    assert_same,
 ) -> None:
     arch = architectures[name]
     fast = accelerated(make(name, lora_dropout=dropout)).train()
@@ -224,11 +263,13 @@ def test_gradient_checkpointing_changes_nothing(
     assert len(served) - calls > calls, "nothing was recomputed"
     assert direct.keys() == recomputed.keys()
     for key, value in direct.items():
-        assert_equal_but_for_rounding(recomputed[key], value, arch.layers, key)
+        assert_same(recomputed[key], value, key, arch.layers)
 
 
-def test_checkpointing_under_autocast(make, architectures, accelerated: Accelerated) -> None:
-    arch, precision = architectures["bert"], PRECISIONS[3]
+def test_checkpointing_under_autocast(
+    make, architectures, accelerated: Accelerated, assert_as_accurate
+) -> None:
+    arch, precision = architectures["bert"], AUTOCAST
     plain = make("bert")
     fast = accelerated(plain)
     exact = one_step(copy.deepcopy(plain).double(), arch.batch())
@@ -240,7 +281,9 @@ def test_checkpointing_under_autocast(make, architectures, accelerated: Accelera
     assert_as_accurate(ours, theirs, exact, precision.computed, arch.layers)
 
 
-def test_dropout_acts_in_training_alone(make, architectures, accelerated: Accelerated) -> None:
+def test_dropout_acts_in_training_alone(
+    make, architectures, accelerated: Accelerated, assert_same
+) -> None:
     batch = architectures["bert"].batch()
     plain = make("bert", lora_dropout=0.5)
     fast = accelerated(plain)
@@ -248,7 +291,7 @@ def test_dropout_acts_in_training_alone(make, architectures, accelerated: Accele
         for model in (plain, fast):
             model.eval()
         logits, expected = fast(**batch).logits, plain(**batch).logits
-        assert_equal_but_for_rounding(logits, expected, architectures["bert"].layers, "logits")
+        assert_same(logits, expected)
         fast.train()
         torch.manual_seed(0)
         first, second = fast(**batch).logits, fast(**batch).logits
@@ -258,14 +301,16 @@ def test_dropout_acts_in_training_alone(make, architectures, accelerated: Accele
     assert torch.equal(first, again)
 
 
-def test_dropout_of_probability_one_leaves_the_base(make, architectures, accelerated) -> None:
+def test_dropout_of_probability_one_leaves_the_base(
+    make, architectures, accelerated, assert_same
+) -> None:
     batch = architectures["bert"].batch()
     fast = accelerated(make("bert", lora_dropout=1.0)).train()
     with torch.no_grad():
         dropped = fast(**batch).logits
         with fast.disable_adapter():
             base = fast(**batch).logits
-    assert_equal_but_for_rounding(dropped, base, architectures["bert"].layers, "logits")
+    assert_same(dropped, base)
 
 
 def test_mean_over_dropout_masks_is_peft_without_dropout(make, accelerated: Accelerated) -> None:
