@@ -1,0 +1,161 @@
+"""Every access of an interpreted launch: in bounds, free of races, and counted.
+
+Shadow memory holds, for each byte that an argument's storage has, whether the argument's view covers it, which program
+stored it and which program read it. Programs of one launch run in no order on a GPU, so it is an error when two of them
+touch a byte and one of them stores it, whatever the values turn out to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_NOBODY, _SEVERAL = -1, -2
+
+
+class Violation(AssertionError):
+    """An access that a GPU would not forgive."""
+
+
+@dataclass
+class _Region:
+    """One storage, and the arguments that look into it."""
+
+    start: int
+    covered: np.ndarray  # bool per byte: some argument's view holds it
+    writer: np.ndarray  # program that stored the byte
+    reader: np.ndarray  # program that loaded it
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass
+class LaunchTrace:
+    """What one launch did."""
+
+    name: str
+    programs: int = 0
+    flops: int = 0  # of every `tl.dot`, padding included
+    loaded: dict[str, int] = field(default_factory=dict)  # bytes per argument, each distinct byte once per load
+    stored: dict[str, int] = field(default_factory=dict)
+    regions: list[_Region] = field(default_factory=list, repr=False)
+
+
+class Trace:
+    """Checks and counts what happens under `interpreting(trace)`.
+
+    Args:
+        order: None for Triton's own order of programs, "reverse", or "random".
+        seed: of the random order.
+    """
+
+    def __init__(self, order: str | None = None, seed: int = 0) -> None:
+        if order not in (None, "reverse", "random"):
+            raise ValueError(f"order must be None, 'reverse' or 'random', got {order!r}")
+        self.order = order
+        self.launches: list[LaunchTrace] = []
+        self._random = np.random.default_rng(seed)
+        self._program = 0
+        self._permutation = np.arange(0)
+
+    @property
+    def moved(self) -> int:
+        """Bytes loaded and stored by all launches."""
+        return sum(
+            sum(launch.loaded.values()) + sum(launch.stored.values()) for launch in self.launches
+        )
+
+    def begin(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """A launch with these arguments starts."""
+        regions: dict[int, _Region] = {}
+        for argument, tensor in tensors.items():
+            storage, size = tensor.untyped_storage(), tensor.element_size()
+            if storage.nbytes() == 0:
+                continue
+            region = regions.get(storage.data_ptr())
+            if region is None:
+                bytes_ = storage.nbytes()
+                region = _Region(
+                    storage.data_ptr(),
+                    np.zeros(bytes_, bool),
+                    np.full(bytes_, _NOBODY, np.int32),
+                    np.full(bytes_, _NOBODY, np.int32),
+                )
+                regions[storage.data_ptr()] = region
+            region.names.append(argument)
+            elements = torch.zeros(storage.nbytes() // size, dtype=torch.bool)
+            elements.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset()).fill_(True)
+            region.covered[: elements.numel() * size] |= np.repeat(elements.numpy(), size)
+        self.launches.append(LaunchTrace(name, regions=list(regions.values())))
+        self._permutation = np.arange(0)
+
+    def next_program(self, index: tuple[int, int, int], grid: tuple[int, int, int]) -> tuple[int, int, int]:
+        """The program that runs in place of program ``index``."""
+        count = grid[0] * grid[1] * grid[2]
+        if len(self._permutation) != count:
+            self._permutation = np.arange(count)
+            if self.order == "reverse":
+                self._permutation = self._permutation[::-1]
+            elif self.order == "random":
+                self._permutation = self._random.permutation(count)
+        place = (index[0] * grid[1] + index[1]) * grid[2] + index[2]
+        self._program = int(self._permutation[place])
+        self.launches[-1].programs += 1
+        x, rest = divmod(self._program, grid[1] * grid[2])
+        return x, rest // grid[2], rest % grid[2]
+
+    def dot(self, flops: int) -> None:
+        """A `tl.dot` ran."""
+        self.launches[-1].flops += flops
+
+    def access(
+        self, kind: str, pointers: np.ndarray, mask: np.ndarray, size: int, value: np.ndarray | None
+    ) -> None:
+        """A load, store or atomic of elements of ``size`` bytes."""
+        pointers, mask = np.broadcast_arrays(pointers, mask)
+        addresses = pointers[mask].astype(np.int64)
+        if addresses.size == 0:
+            return
+        if (addresses % size).any():
+            self._fail(f"{kind}: an address is not a multiple of the element size {size}")
+        distinct = np.unique(addresses)
+        if kind == "store" and distinct.size != addresses.size and value is not None:
+            self._check_same_value(addresses, np.broadcast_to(value, mask.shape)[mask])
+        outside = np.ones(distinct.size, bool)
+        for region in self.launches[-1].regions:
+            inside = (distinct >= region.start) & (distinct < region.start + region.covered.size)
+            if inside.any():
+                outside &= ~inside
+                self._check_region(kind, region, distinct[inside] - region.start, size)
+        if outside.any():
+            self._fail(f"{kind}: {outside.sum()} addresses outside every argument")
+
+    def _check_same_value(self, addresses: np.ndarray, values: np.ndarray) -> None:
+        order = np.argsort(addresses, kind="stable")
+        addresses, values = addresses[order], values[order]
+        twice = np.diff(addresses) == 0
+        if (values[1:][twice] != values[:-1][twice]).any():
+            self._fail("store: two lanes store different values to one address")
+
+    def _check_region(self, kind: str, region: _Region, first: np.ndarray, size: int) -> None:
+        launch, program, names = self.launches[-1], self._program, "/".join(region.names)
+        touched = (first[:, None] + np.arange(size)).ravel()
+        if not region.covered[touched].all():
+            self._fail(f"{kind}: bytes of {names} that are outside the tensor's view")
+        counts = launch.loaded if kind == "load" else launch.stored
+        counts[names] = counts.get(names, 0) + touched.size
+        writer, reader = region.writer[touched], region.reader[touched]
+        if kind != "atomic" and ((writer != _NOBODY) & (writer != program)).any():
+            self._fail(f"{kind}: race, {names} was stored by another program")
+        if kind == "load":
+            region.reader[touched] = np.where((reader == _NOBODY) | (reader == program), program, _SEVERAL)
+            return
+        if ((reader != _NOBODY) & (reader != program)).any():
+            self._fail(f"{kind}: race, {names} was read by another program")
+        region.writer[touched] = program
+
+    def _fail(self, what: str) -> None:
+        raise Violation(f"{self.launches[-1].name}, program {self._program}: {what}")
