@@ -6,18 +6,26 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from . import environment, plots, report
 from .data import MissingPackage
 from .finetune import FineTune, finetune, plans
 from .measure import Row
-from .results import collect, load, merged, save
+from .results import Results, collect, load, merged, save
 
 BENCH = Path(__file__).resolve().parent
 QUICK_S = {"finetune": 105.0, "table": 160.0}
@@ -26,7 +34,7 @@ FULL_S = {"finetune": 600.0, "table": 1800.0}
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=118)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = options.output or BENCH / "results" / environment.slug(device)
     if options.only == "report":
@@ -36,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     meta = environment.describe(device)
     meta["mode"] = "full" if options.full else "quick"
     console.print(f"[bold]pelt_fast benchmark[/] on {meta['device']} ({meta['instruction_set']})")
-    console.print(f"about {sum(seconds.values()) / 60:.0f} minutes; results go to {folder}\n", highlight=False)
+    console.print(
+        f"about {sum(seconds.values()) / 60:.0f} minutes; results go to {folder}\n", highlight=False
+    )
     failed = False
     rows: list[Row] = []
     tunes: list[FineTune] = []
@@ -57,31 +67,56 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--full", action="store_true", help="every row, more steps and seeds: about 40 minutes")
-    parser.add_argument("--only", choices=("finetune", "table", "report"), help="a part; report: from the last results")
+    parser.add_argument(
+        "--full", action="store_true", help="every row, more steps and seeds: about 40 minutes"
+    )
+    parser.add_argument(
+        "--only",
+        choices=("finetune", "table", "report"),
+        help="a part; report: from the last results",
+    )
     parser.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
     parser.add_argument("--budget", type=float, help="seconds for each part")
-    parser.add_argument("--output", type=Path, help="folder of the results (default: bench/results/<device>)")
     parser.add_argument(
-        "--readme", type=Path, help="where to write the results between the marks", default=environment.ROOT / "README.md"
+        "--output", type=Path, help="folder of the results (default: bench/results/<device>)"
     )
-    parser.add_argument("--no-readme", dest="readme", action="store_const", const=None, help="leave the README alone")
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        help="where to write the results between the marks",
+        default=environment.ROOT / "README.md",
+    )
+    parser.add_argument(
+        "--no-readme",
+        dest="readme",
+        action="store_const",
+        const=None,
+        help="leave the README alone",
+    )
     return parser
 
 
-def _finetune(device: torch.device, budget_s: float, full: bool, console: Console) -> list[FineTune]:
+def _finetune(
+    device: torch.device, budget_s: float, full: bool, console: Console
+) -> list[FineTune]:
     found = []
     for plan in plans(device, budget_s, full):
         with _progress(console) as progress:
             task = progress.add_task(f"fine-tune {plan.dtype}", total=1.0)
-            one = finetune(plan, device, lambda text, done: progress.update(task, description=text, completed=done))
+            one = finetune(plan, device, partial(_tell, progress, task))
         found.append(one)
-        console.print(one.replaced, style="dim", highlight=False)
+        console.print(f"fine-tune in {plan.dtype}\n{one.replaced}", style="dim", highlight=False)
     return found
 
 
-def _table(device: torch.device, budget_s: float, full: bool, console: Console) -> tuple[list[Row], bool]:
-    """Runs the pytest-benchmark suite in this process, with its own tables replaced by a line per row."""
+def _tell(progress: Progress, task: TaskID, text: str, done: float) -> None:
+    progress.update(task, description=text, completed=done)
+
+
+def _table(
+    device: torch.device, budget_s: float, full: bool, console: Console
+) -> tuple[list[Row], bool]:
+    """Runs the pytest-benchmark suite in this process; a line per row replaces its tables."""
     with _progress(console) as progress:
         listener = _Listener(progress)
         arguments = [
@@ -114,8 +149,10 @@ class _Listener:
 
     def pytest_bench_row(self, row: Row, done: int, total: int) -> None:
         self.rows.append(row)
-        self._progress.update(self._task, description=f"kernel table {done}/{total}", completed=done, total=total)
-        self._progress.console.print(f"{str(row.case):32} {_line(row)}", highlight=False, markup=False)
+        self._progress.update(
+            self._task, description=f"kernel table {done}/{total}", completed=done, total=total
+        )
+        self._progress.console.print(f"{row.case!s:32} {_line(row)}", highlight=False, markup=False)
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
         """No dots: they would run through the lines of the rows."""
@@ -145,11 +182,16 @@ def _line(row: Row) -> str:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
     )
 
 
-def _present(results: dict, folder: Path, readme: Path | None, console: Console) -> None:
+def _present(results: Results, folder: Path, readme: Path | None, console: Console) -> None:
     drawn = plots.plot_all(results, folder)
     console.print()
     report.print_tables(console, report.tables(results))

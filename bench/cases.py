@@ -22,7 +22,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Case:
-    """One row: a training step (forward and backward), or a decoding step (forward, no gradient)."""
+    """One row: a training step (forward, backward), or a decoding step (forward, no gradient)."""
 
     dtype: str
     tokens: int
@@ -60,7 +60,7 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """Compulsory traffic: x, W, y once; in training dy, W, x, dx once more. Adapters are small, but counted."""
+        """Compulsory traffic: x, W, A, B, y once; in training dy, W, x, dx, A, B, dA, dB too."""
         weight = self.in_features * self.out_features
         adapters = RANK * (self.in_features + self.out_features)
         rows = self.tokens * (self.in_features + self.out_features)
@@ -73,11 +73,15 @@ def quick_cases() -> list[Case]:
     """Representative rows, the most important first: what a short budget cuts off is the tail."""
     rows = [Case(dtype, 2048, *shape) for shape in SHAPES for dtype in ("fp32", "bf16")]
     rows += [Case(dtype, 512, *shape) for shape in SHAPES for dtype in ("fp32", "bf16")]
-    rows += [Case(dtype, t, *DECODE_SHAPE, mode="decode") for t in (1, 16) for dtype in ("fp32", "bf16")]
+    rows += [
+        Case(dtype, t, *DECODE_SHAPE, mode="decode") for t in (1, 16) for dtype in ("fp32", "bf16")
+    ]
     rows += [Case(dtype, t, 768, 768) for t in (1, 16) for dtype in ("fp32", "bf16")]
     rows += [Case(dtype, 8192, 768, 768) for dtype in ("fp32", "bf16")]
     rows += [Case("fp16", 16, 768, 768)]
-    return _with_compile(rows, lambda case: case.tokens == 512 and case.in_features == 768 == case.out_features)
+    return _with_compile(
+        rows, lambda case: case.tokens == 512 and case.in_features == 768 == case.out_features
+    )
 
 
 def full_cases() -> list[Case]:

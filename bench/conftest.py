@@ -1,4 +1,4 @@
-"""Options of the kernel table, and the rows, each measured once for all tests that report about it."""
+"""Options of the kernel table, and its rows: each is measured once, for all its tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ QUICK_BUDGET_S, FULL_BUDGET_S = 160.0, 1800.0
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("pelt_fast kernel table")
-    group.addoption("--bench-full", action="store_true", help="every row, not only the representative ones")
+    group.addoption(
+        "--bench-full", action="store_true", help="every row, not only the representative ones"
+    )
     group.addoption("--bench-budget", type=float, help="seconds for the whole table")
     group.addoption("--bench-device", help="cpu or cuda; by default cuda where there is one")
 
@@ -73,7 +75,13 @@ def table(request: pytest.FixtureRequest) -> Table:
     config = request.config
     full = config.getoption("--bench-full")
     budget = config.getoption("--bench-budget") or (FULL_BUDGET_S if full else QUICK_BUDGET_S)
-    total = len({item.callspec.params["case"] for item in request.session.items if "case" in item.callspec.params})
+    total = len(
+        {
+            item.callspec.params["case"]
+            for item in request.session.items
+            if "case" in item.callspec.params
+        }
+    )
     return Table(
         bench_device(config),
         budget,

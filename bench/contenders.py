@@ -1,4 +1,4 @@
-"""Who runs in each row: the frozen linear, PEFT in its forms, addmm by hand, and ours on each backend."""
+"""Who runs in a row: the frozen linear, PEFT in its forms, addmm by hand, ours per backend."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from pelt_fast.testing.workloads import LoRAInputs
 from .cases import DROPOUT, DTYPES, RANK, SCALING, Case
 
 FORMS = ("base", "dropout", "fp32")
-"""Adapter in the base dtype; the same with dropout; PEFT's default: an fp32 adapter over a half-precision base."""
+"""Adapter in the base dtype; the same with dropout; an fp32 adapter over a half-precision base,
+which is PEFT's default."""
 BACKENDS = ("torch", "cpp", "triton")
 NAMES = (
     "frozen",
@@ -35,7 +36,7 @@ class NotHere(Exception):
 
 @dataclass
 class Contender:
-    """One way to compute a row. ``inputs`` are the numbers that it computes with; see `timing.Step`."""
+    """One way to compute a row, from the numbers in ``inputs``; see `timing.Step`."""
 
     name: str
     form: str
@@ -48,7 +49,7 @@ class Contender:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Everything that is there before the step: to keep it between forward and backward costs nothing."""
+        """Everything that is there before the step: keeping it for the backward costs nothing."""
         own = list(self.module.parameters()) if self.module is not None else []
         return [tensor for _, tensor in self.inputs.named_tensors()] + own
 
@@ -150,9 +151,14 @@ def peft_linear(inputs: LoRAInputs) -> nn.Module:
 
     model = nn.Module()
     out_features, in_features = inputs.weight.shape
-    model.proj = nn.Linear(in_features, out_features, dtype=inputs.weight.dtype, device=inputs.weight.device)
+    model.proj = nn.Linear(
+        in_features, out_features, dtype=inputs.weight.dtype, device=inputs.weight.device
+    )
     config = LoraConfig(
-        r=RANK, lora_alpha=round(SCALING * RANK), lora_dropout=inputs.dropout_p[0], target_modules=["proj"]
+        r=RANK,
+        lora_alpha=round(SCALING * RANK),
+        lora_dropout=inputs.dropout_p[0],
+        target_modules=["proj"],
     )
     wide = inputs.lora_a[0].dtype != inputs.weight.dtype
     layer = get_peft_model(model, config, autocast_adapter_dtype=wide).base_model.model.proj
@@ -166,7 +172,9 @@ def peft_linear(inputs: LoRAInputs) -> nn.Module:
     return layer.train()
 
 
-def _peft(name: str, form: str, case: Case, inputs: LoRAInputs, compiled: bool = False) -> Contender:
+def _peft(
+    name: str, form: str, case: Case, inputs: LoRAInputs, compiled: bool = False
+) -> Contender:
     layer: Any = peft_linear(inputs)
     leaves = _leaves(inputs, ("x",) if case.train else ())
     call = torch.compile(layer, dynamic=False) if compiled else layer
@@ -177,7 +185,15 @@ def _peft(name: str, form: str, case: Case, inputs: LoRAInputs, compiled: bool =
         "lora_b.0": layer.lora_B["default"].weight,
     }
     forward = _recorded(case, lambda: call(x))
-    return Contender(name, form, leaves, forward, wrt if case.train else {}, "inductor" if compiled else "torch", layer)
+    return Contender(
+        name,
+        form,
+        leaves,
+        forward,
+        wrt if case.train else {},
+        "inductor" if compiled else "torch",
+        layer,
+    )
 
 
 def _compiled(case: Case, inputs: LoRAInputs) -> Contender:
@@ -191,7 +207,7 @@ class _AddmmLoRA(torch.autograd.Function):
     """What one writes by hand for speed: the rank-r products go into the big ones in place."""
 
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, lora_a, lora_b, scaling):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
+    def forward(ctx: Any, x, weight, bias, lora_a, lora_b, scaling):  # type: ignore[no-untyped-def]
         y = F.linear(x, weight, bias)
         s = x @ lora_a.T
         ctx.save_for_backward(x, weight, lora_a, lora_b, s)
@@ -199,7 +215,7 @@ class _AddmmLoRA(torch.autograd.Function):
         return y.addmm_(s, lora_b.T, alpha=scaling)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor):  # type: ignore[no-untyped-def]  # noqa: ANN205
+    def backward(ctx: Any, dy: Tensor):  # type: ignore[no-untyped-def]
         x, weight, lora_a, lora_b, s = ctx.saved_tensors
         ds = (dy @ lora_b).mul_(ctx.scaling)
         db = (dy.T @ s).mul_(ctx.scaling)

@@ -18,7 +18,7 @@ PACKAGES = ("torch", "peft", "transformers", "triton", "pelt-fast")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Device, versions, commit; for a CPU its threads, instruction set, and how busy it was already."""
+    """Device, versions, commit; of the CPU its threads, instruction set, and how busy it was."""
     name = device_name(device)
     meta: dict[str, Any] = {
         "device": name,
@@ -84,7 +84,9 @@ def _version(package: str) -> str | None:
 
 def _cpu_model() -> str:
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        found = re.search(
+            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
     except OSError:
         found = None
     return found[1] if found else platform.processor() or platform.machine()

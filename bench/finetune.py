@@ -1,11 +1,11 @@
-"""A real fine-tune: pretrained MiniLM on movie reviews with LoRA by PEFT, eager and accelerated side by side.
+"""A real fine-tune: MiniLM on movie reviews, LoRA by PEFT, eager and accelerated in turns.
 
 Three models take turns, step by step, on the same batches with the same random numbers:
 
 - *eager*: `get_peft_model`, LoRA on every linear of the encoder and a trained head;
 - *accelerated*: the same after `pelt_fast.accelerate(model)`;
-- *frozen*: no LoRA, only the head is trained, but the gradient goes back exactly as far as in the other two. Its time is
-  the floor, and its accuracy is what the head alone can do.
+- *frozen*: no LoRA, only the head is trained, but the gradient goes back exactly as far as in
+  the other two. Its time is the floor, and its accuracy is what the head alone can do.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import pelt_fast
 from . import data, memory
 from .cases import DTYPES
 from .probe import has_fast_bf16
-from .timing import Overhead, Stat, overhead, turns
+from .timing import Overhead, Stat, overhead
 
 KINDS = ("eager", "accelerated", "frozen")
 TARGETS = ["query", "key", "value", "dense"]
@@ -95,7 +95,7 @@ class FineTune:
 
     @property
     def step_overhead(self) -> Overhead | None:
-        """Of the whole step: the optimizer's work on the LoRA weights, the same for both, is in it."""
+        """Of the whole step: with the optimizer's work on the LoRA weights, the same for both."""
         return overhead(*(self.runs[kind].step_s for kind in ("frozen", "eager", "accelerated")))
 
 
@@ -104,7 +104,7 @@ Tell = Callable[[str, float], None]
 
 
 def plans(device: torch.device, budget_s: float, full: bool) -> list[Plan]:
-    """fp32 everywhere; bf16 to be trained where the machine has it, and else only to be timed in a few tiny steps."""
+    """fp32 everywhere; bf16 trained where the machine has it, else timed in a few tiny steps."""
     steps = 400 if full else 100
     held_out = 2000 if full else 512
     batch, length = (64, 64) if device.type == "cuda" else (16, 32)
@@ -119,7 +119,7 @@ def plans(device: torch.device, budget_s: float, full: bool) -> list[Plan]:
 
 
 def finetune(plan: Plan, device: torch.device, tell: Tell = lambda text, done: None) -> FineTune:
-    """Runs a plan: the first seed with all three kinds and clocks, then further seeds while the budget lasts."""
+    """Runs a plan: the first seed timed, with all kinds; further seeds while the budget lasts."""
     started = time.monotonic()
     train, held_out = data.load_reviews(train=6000, held_out=plan.held_out, length=plan.length)
     runs = {kind: Run() for kind in KINDS}
@@ -137,7 +137,9 @@ def finetune(plan: Plan, device: torch.device, tell: Tell = lambda text, done: N
                 _watch_memory(trainees, batch, runs, device)
             order = kinds if step % 2 == 0 else kinds[::-1]
             for kind in order:
-                model_s, step_s, loss = trainees[kind].step(batch, random_seed=seed * 100_003 + step)
+                model_s, step_s, loss = trainees[kind].step(
+                    batch, random_seed=seed * 100_003 + step
+                )
                 if step == 0:
                     runs[kind].losses.append([])
                 runs[kind].losses[-1].append(loss)
@@ -145,8 +147,15 @@ def finetune(plan: Plan, device: torch.device, tell: Tell = lambda text, done: N
                     runs[kind].model_s.append(model_s)
                     runs[kind].step_s.append(step_s)
             loss_now = ", ".join(f"{kind} {runs[kind].losses[-1][-1]:.3f}" for kind in kinds)
-            tell(f"{plan.dtype} seed {seed} step {step + 1}/{plan.steps}: loss {loss_now}", (step + 1) / plan.steps)
-            if step >= 2 * WARM_UP_STEPS and not plan.trains and time.monotonic() - started > plan.budget_s:
+            tell(
+                f"{plan.dtype} seed {seed} step {step + 1}/{plan.steps}: loss {loss_now}",
+                (step + 1) / plan.steps,
+            )
+            if (
+                step >= 2 * WARM_UP_STEPS
+                and not plan.trains
+                and time.monotonic() - started > plan.budget_s
+            ):
                 break
         if plan.trains:
             for kind in kinds:
@@ -157,7 +166,7 @@ def finetune(plan: Plan, device: torch.device, tell: Tell = lambda text, done: N
 
 
 class Trainee:
-    """A model with its optimizer. The same seed gives each kind the same head, adapters and batches."""
+    """A model with its optimizer. The same seed gives each kind the same head and adapters."""
 
     def __init__(self, kind: str, plan: Plan, seed: int, device: torch.device) -> None:
         torch.manual_seed(seed)
@@ -174,7 +183,8 @@ class Trainee:
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(self._trained, lr=plan.learning_rate, fused=True)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer, lambda step: min(1.0, (step + 1) / 10) * max(0.0, 1 - step / plan.steps)
+            self._optimizer,
+            lambda step: min(1.0, (step + 1) / 10) * max(0.0, 1 - step / plan.steps),
         )
 
     def loss(self, batch: dict[str, Tensor], random_seed: int) -> Tensor:
@@ -230,7 +240,11 @@ def _with_lora(model: nn.Module, rank: int) -> nn.Module:
     from peft import LoraConfig, TaskType, get_peft_model
 
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS, r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=TARGETS
+        task_type=TaskType.SEQ_CLS,
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules=TARGETS,
     )
     return get_peft_model(model, config)
 
@@ -238,8 +252,8 @@ def _with_lora(model: nn.Module, rank: int) -> nn.Module:
 def _train_head_only(model: nn.Module) -> None:
     """Freezes all but the head, and lets the gradient go back as far as LoRA lets it.
 
-    LoRA in the first layer's query, key and value makes their outputs require a gradient, but not their input; so
-    does the hook.
+    LoRA in the first layer's query, key and value makes their outputs require a gradient, but not
+    their input; so does the hook.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -254,7 +268,9 @@ def _train_head_only(model: nn.Module) -> None:
             module.register_forward_hook(require_grad)
 
 
-def _batches(split: data.Split, plan: Plan, seed: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+def _batches(
+    split: data.Split, plan: Plan, seed: int, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(split), generator=generator)
     for step in range(plan.steps):
@@ -263,12 +279,17 @@ def _batches(split: data.Split, plan: Plan, seed: int, device: torch.device) -> 
 
 
 def _watch_memory(
-    trainees: dict[str, Trainee], batch: dict[str, Tensor], runs: dict[str, Run], device: torch.device
+    trainees: dict[str, Trainee],
+    batch: dict[str, Tensor],
+    runs: dict[str, Run],
+    device: torch.device,
 ) -> None:
     for kind, trainee in trainees.items():
         known = [*trainee.model.parameters(), *trainee.model.buffers(), *batch.values()]
         runs[kind].saved_bytes = memory.saved_bytes(lambda t=trainee: t.loss(batch, 0), known)
-        runs[kind].peak_bytes = memory.peak_bytes(lambda t=trainee: t.forward_backward(batch), device)
+        runs[kind].peak_bytes = memory.peak_bytes(
+            lambda t=trainee: t.forward_backward(batch), device
+        )
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float]:

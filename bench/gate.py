@@ -71,8 +71,8 @@ class Gate:
             for name, error in errors.items()
         )
         if not within:
-            # Twice eager's error is enough to pass; the whole rule, with its bound derived from K, costs four fp64
-            # evaluations more and is asked only now.
+            # Twice eager's error is enough to pass; the whole rule, with its bound derived from K,
+            # costs four fp64 evaluations more and is asked only now.
             found = tolerance.deviations(dict(results), contender.inputs, keep)
             wrong = [str(deviation) for deviation in found if not deviation.ok]
             if wrong:
@@ -87,7 +87,9 @@ class Gate:
         key = (p, adapter_dtype)
         if key not in self._eager:
             composed = oracle.eager(inputs, keep, self._wanted)
-            self._eager[key] = {name: Error.of(value, exact[name]) for name, value in composed.items()}
+            self._eager[key] = {
+                name: Error.of(value, exact[name]) for name, value in composed.items()
+            }
         return exact, self._eager[key]
 
 

@@ -1,4 +1,4 @@
-"""One row of the kernel table: build the contenders, check them, watch their memory, time them in turns."""
+"""One row of the table: build the contenders, check them, watch their memory, time them."""
 
 from __future__ import annotations
 
@@ -58,6 +58,10 @@ class Row:
         return "both" if self.case.train else "forward"
 
 
+MIN_ROUNDS = 3
+"""Of a row of which a round takes less than the time given to the row."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """How long a row may take."""
@@ -68,11 +72,13 @@ class Limits:
     """A row whose single round would take longer is listed as not run, with the estimate."""
 
 
-def measure(case: Case, device: torch.device, limits: Limits, names: Sequence[str] = contenders.NAMES) -> Row:
+def measure(
+    case: Case, device: torch.device, limits: Limits, names: Sequence[str] = contenders.NAMES
+) -> Row:
     row = Row(case)
     estimate = estimate_round_s(case, device, len(names))
     if estimate > limits.round_s:
-        row.not_run = f"estimated {estimate:.0f} s for each round of all contenders on this machine"
+        row.not_run = f"estimated {estimate:.0f} s for each round of all contenders"
         return row
     drawn = contenders.draw(case, device)
     built = _build(row, drawn, names)
@@ -102,7 +108,8 @@ def _check(row: Row, built: dict[str, Contender], drawn: Any) -> None:
         entry = row.entries[name]
         try:
             results, keep = judge.run(contender)
-            # Not judged: the frozen linear computes something else, and PEFT's dropout draws masks of its own.
+            # Not judged: the frozen linear computes something else, and PEFT's dropout draws masks
+            # of its own.
             if name not in ("frozen", "peft_dropout"):
                 entry.errors, eager = judge.check(contender, results, keep)
                 entry.error_ratio = gate.error_ratio(entry.errors, eager)
@@ -110,7 +117,8 @@ def _check(row: Row, built: dict[str, Contender], drawn: Any) -> None:
             entry.wrong = str(wrong)
             del built[name]
         except Exception as error:
-            # torch.compile needs a C++ compiler, which a machine may lack; of ours, every failure is a failure
+            # torch.compile needs a C++ compiler, which a machine may lack; of ours, every failure
+            # is a failure
             if name != "peft_compiled":
                 raise
             entry.missing = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
@@ -131,7 +139,9 @@ def _watch_memory(row: Row, built: dict[str, Contender], device: torch.device) -
 def _time(row: Row, built: dict[str, Contender], device: torch.device, limits: Limits) -> None:
     # checking and watching were the warm-up
     slow = estimate_round_s(row.case, device, len(built)) > limits.sample_s
-    samples = interleave(built, clock_for(device), limits.sample_s, min_rounds=1 if slow else 3)
+    samples = interleave(
+        built, clock_for(device), limits.sample_s, min_rounds=1 if slow else MIN_ROUNDS
+    )
     row.rounds = len(next(iter(samples.values())))
     for name, taken in samples.items():
         entry = row.entries[name]

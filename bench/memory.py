@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import re
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -15,7 +14,7 @@ from torch import Tensor
 
 
 def saved_bytes(forward: Callable[[], Any], known: Iterable[Tensor]) -> int:
-    """Bytes that ``forward`` saves for its backward in storages other than those of ``known`` tensors."""
+    """Bytes that ``forward`` saves for its backward in other storages than the ``known`` ones."""
     mine = {tensor.untyped_storage().data_ptr() for tensor in known}
     found: dict[int, int] = {}
     alive = []  # a storage that is freed meanwhile could lend its address to the next one
@@ -34,10 +33,11 @@ def saved_bytes(forward: Callable[[], Any], known: Iterable[Tensor]) -> int:
 
 
 def peak_bytes(step: Callable[[], Any], device: torch.device) -> int | None:
-    """How far memory grows while ``step`` runs, its result included; None where that cannot be seen.
+    """How far memory grows while ``step`` runs, result included; None where that is unseen.
 
-    On a GPU the caching allocator's peak; on Linux the growth of the peak resident size, which sees scratch memory of
-    C++ kernels and of libraries too. Run the step once before: what it caches for good is not counted.
+    On a GPU the caching allocator's peak; on Linux the growth of the peak resident size, which sees
+    scratch memory of C++ kernels and of libraries too. Run the step once before: what it caches for
+    good is not counted.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -53,7 +53,6 @@ def peak_bytes(step: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def _growth(step: Callable[[], Any]) -> int:
-    gc.collect()
     _return_free_memory()
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")

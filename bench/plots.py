@@ -11,7 +11,8 @@ import numpy as np
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from .report import FORMS, overhead_of, run_rows
+from .finetune import mean_and_spread
+from .report import FORMS, mean_overheads, overhead_of, run_rows
 from .results import Results
 
 INK, FAINT, GRID = "#1f2430", "#6b7280", "#e5e7eb"
@@ -43,63 +44,108 @@ STYLE = {
 
 
 def plot_overhead(results: Results, path: Path) -> bool:
-    """Dots per shape and form between the frozen model's cost (0) and PEFT's (1); False when there is no row."""
+    """Dots between the frozen model's cost (0) and PEFT's (1); False when there is no row."""
     rows = [
         row
         for row in run_rows(results)
-        if row["mode"] == "train" and any(overhead_of(row, f"ours_{form}") is not None for form in FORMS)
+        if row["mode"] == "train"
+        and any(overhead_of(row, f"ours_{form}") is not None for form in FORMS)
     ]
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     if not rows:
         return False
-    counts = [sum(row["dtype"] == dtype for row in rows) for dtype in dtypes]
+    counts = [
+        sum(row["dtype"] == dtype for row in rows) + 1 for dtype in dtypes
+    ]  # and one for the mean
     height = 1.9 + 0.36 * sum(counts) + 0.45 * (len(dtypes) - 1)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             len(dtypes), 1, figsize=(9.2, height), sharex=True, squeeze=False, height_ratios=counts
         )
         for axis, dtype in zip(axes[:, 0], dtypes, strict=True):
-            _overhead_panel(axis, [row for row in rows if row["dtype"] == dtype], dtype)
-        top = axes[0, 0]
-        for x, text in ((0.0, "frozen model"), (1.0, "PEFT")):
-            top.annotate(
-                text, (x, 1), (0, 4), xycoords=("data", "axes fraction"), textcoords="offset points",
-                ha="center", va="bottom", color=FAINT, fontsize=9,
-            )  # fmt: skip
-        axes[-1, 0].set_xlabel("PELT overhead = (ours − frozen) / (PEFT − frozen), forward + backward")
+            _overhead_panel(
+                axis,
+                [row for row in rows if row["dtype"] == dtype],
+                dtype,
+                mean_overheads(results, dtype),
+            )
+        words = (
+            (0.0, "frozen model", INK),
+            (1.0, "PEFT", INK),
+            (LOW / 2, "faster than frozen", "#3f7d54"),
+        )
+        for x, text, color in (*words, ((1 + HIGH) / 2, "slower than PEFT", "#b4533c")):
+            axes[0, 0].annotate(
+                text,
+                (x, 1),
+                (0, 4),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                color=color,
+                fontsize=9,
+            )
+        axes[-1, 0].set_xlabel(
+            "PELT overhead = (ours − frozen) / (PEFT − frozen), forward + backward"
+        )
         _title(figure, height, "What LoRA costs on top of the frozen linear", results)
         handles, labels = [], []
         for form in FORMS:
             if any(overhead_of(row, f"ours_{form}") is not None for row in rows):
-                handles.append(plt.Line2D([], [], color=COLORS[form], marker=MARKERS[form], ls="", ms=6.5))
+                handles.append(
+                    plt.Line2D([], [], color=COLORS[form], marker=MARKERS[form], ls="", ms=6.5)
+                )
                 labels.append(LABELS[form])
         figure.legend(
-            handles, labels, loc="upper left", bbox_to_anchor=(0.008, 1 - 0.68 / height),
-            ncols=3, frameon=False, fontsize=9, handletextpad=0.3, columnspacing=1.6,
-        )  # fmt: skip
+            handles,
+            labels,
+            loc="upper left",
+            bbox_to_anchor=(0.008, 1 - 0.68 / height),
+            ncols=3,
+            frameon=False,
+            fontsize=9,
+            handletextpad=0.3,
+            columnspacing=1.6,
+        )
         figure.tight_layout(rect=(0, 0, 1, 1 - 0.92 / height), h_pad=1.0)
         figure.savefig(path, dpi=160)
         plt.close(figure)
     return True
 
 
-def _overhead_panel(axis: Any, rows: list[dict[str, Any]], dtype: str) -> None:
+def _overhead_panel(
+    axis: Any, rows: list[dict[str, Any]], dtype: str, means: dict[str, float]
+) -> None:
     axis.set_xlim(LOW, HIGH)
-    axis.set_ylim(len(rows) - 0.45, -0.55)
+    axis.set_ylim(len(rows) + 0.55, -0.55)
+    axis.axhspan(len(rows) - 0.5, len(rows) + 0.55, color=INK, alpha=0.04, lw=0, zorder=0.2)
     axis.axvspan(LOW, 0, color="#eef7f0", zorder=0)
     axis.axvspan(1, HIGH, color="#fdf1ee", zorder=0)
     axis.axvline(0, color=INK, lw=1.1, zorder=1)
     axis.axvline(1, color=FAINT, lw=1.1, ls=(0, (4, 3)), zorder=1)
     axis.hlines(range(len(rows)), LOW, HIGH, color=GRID, lw=0.7, zorder=0.5)
-    forms = [form for form in FORMS if any(overhead_of(row, f"ours_{form}") is not None for row in rows)]
-    offsets = dict(zip(forms, np.linspace(-0.2, 0.2, len(forms)) if len(forms) > 1 else [0.0], strict=True))
+    forms = [
+        form for form in FORMS if any(overhead_of(row, f"ours_{form}") is not None for row in rows)
+    ]
+    offsets = dict(
+        zip(forms, np.linspace(-0.2, 0.2, len(forms)) if len(forms) > 1 else [0.0], strict=True)
+    )
     for y, row in enumerate(rows):
         for form in forms:
             found = row["contenders"].get(f"ours_{form}", {}).get("overhead", {}).get("both")
             if found:
                 _dot(axis, y + offsets[form], found, form)
-    axis.set_yticks(range(len(rows)))
-    axis.set_yticklabels([f"{row['tokens']} × {row['in_features']} → {row['out_features']}" for row in rows])
+    for form, mean in means.items():
+        _dot(
+            axis,
+            len(rows) + offsets.get(form, 0.0),
+            {"value": mean, "low": mean, "high": mean},
+            form,
+        )
+    names = [f"{row['tokens']} × {row['in_features']} → {row['out_features']}" for row in rows]
+    axis.set_yticks(range(len(rows) + 1), [*names, "mean, T ≥ 512"])
+    axis.get_yticklabels()[-1].set_fontweight("bold")
     axis.tick_params(length=0)
     axis.spines["left"].set_visible(False)
     axis.set_title(dtype, loc="left", fontsize=10.5, fontweight="bold", pad=5)
@@ -113,11 +159,25 @@ def _dot(axis: Any, y: float, found: dict[str, float], form: str) -> None:
         axis.plot(value, y, MARKERS[form], color=color, ms=6, mec="white", mew=0.8, zorder=3)
         return
     right = value >= HIGH
-    axis.plot(HIGH - 0.02 if right else LOW + 0.02, y, ">" if right else "<", color=color, ms=6, clip_on=False, zorder=3)
+    axis.plot(
+        HIGH - 0.02 if right else LOW + 0.02,
+        y,
+        ">" if right else "<",
+        color=color,
+        ms=6,
+        clip_on=False,
+        zorder=3,
+    )
     axis.annotate(
-        f"{value:+.1f}", (HIGH if right else LOW, y), (-9 if right else 9, 0), textcoords="offset points",
-        ha="right" if right else "left", va="center", color=color, fontsize=7.5,
-    )  # fmt: skip
+        f"{value:+.1f}",
+        (HIGH if right else LOW, y),
+        (-9 if right else 9, 0),
+        textcoords="offset points",
+        ha="right" if right else "left",
+        va="center",
+        color=color,
+        fontsize=7.5,
+    )
 
 
 def plot_finetune(results: Results, path: Path) -> bool:
@@ -133,7 +193,12 @@ def plot_finetune(results: Results, path: Path) -> bool:
         for (left, right), one in zip(axes, trained, strict=True):
             _loss_panel(left, one)
             _step_panel(right, one)
-        _title(figure, height, "LoRA fine-tune of MiniLM on movie reviews, PEFT eager and accelerated", results)
+        _title(
+            figure,
+            height,
+            "LoRA fine-tune of MiniLM on movie reviews, PEFT eager and accelerated",
+            results,
+        )
         figure.tight_layout(rect=(0, 0, 1, 1 - 0.62 / height), w_pad=2.5, h_pad=1.5)
         figure.savefig(path, dpi=160)
         plt.close(figure)
@@ -150,10 +215,19 @@ def _loss_panel(axis: Any, one: dict[str, Any]) -> None:
     for kind, look in looks.items():
         curve = _smooth(one["runs"][kind]["losses"][0])
         axis.plot(
-            np.arange(1, len(curve) + 1), curve, color=KIND_COLORS[kind], label=KIND_LABELS[kind],
-            solid_capstyle="round", **look,
-        )  # fmt: skip
-    axis.set_title(f"{one['plan']['dtype']}: training loss, same data and seed", loc="left", fontsize=10.5, fontweight="bold")
+            np.arange(1, len(curve) + 1),
+            curve,
+            color=KIND_COLORS[kind],
+            label=KIND_LABELS[kind],
+            solid_capstyle="round",
+            **look,
+        )
+    axis.set_title(
+        f"{one['plan']['dtype']}: training loss, same data and seed",
+        loc="left",
+        fontsize=10.5,
+        fontweight="bold",
+    )
     axis.set_xlabel("step (mean of the last 10)")
     axis.grid(axis="y", color=GRID, lw=0.7)
     axis.tick_params(length=0)
@@ -173,33 +247,53 @@ def _step_panel(axis: Any, one: dict[str, Any]) -> None:
     medians = np.array([stat["median"] for stat in stats])
     errors = [[s["median"] - s["p20"] for s in stats], [s["p80"] - s["median"] for s in stats]]
     colors = [KIND_COLORS[kind] for kind in kinds]
-    axis.barh(kinds, medians, color=colors, height=0.62, xerr=errors, error_kw={"ecolor": FAINT, "lw": 1})
-    for y, (kind, median) in enumerate(zip(kinds, medians, strict=True)):
-        accuracy = one["runs"][kind]["accuracy"]
-        text = f"{median:.1f} ms" + (f",  accuracy {100 * np.mean(accuracy):.1f} %" if accuracy else "")
+    axis.barh(
+        kinds, medians, color=colors, height=0.62, xerr=errors, error_kw={"ecolor": FAINT, "lw": 1}
+    )
+    for y, median in enumerate(medians):
         axis.annotate(
-            text, (0, y), (6, 0), textcoords="offset points", va="center", color="white", fontsize=9, fontweight="bold"
+            f"{median:.1f} ms",
+            (0, y),
+            (7, 0),
+            textcoords="offset points",
+            va="center",
+            color="white",
+            fontweight="bold",
         )
     axis.axvline(medians[0], color=INK, lw=1, ls=(0, (4, 3)))
-    axis.set_yticks(range(3), [KIND_LABELS[kind].replace(", ", ",\n") for kind in kinds])
+    axis.set_yticks(range(3), [_kind_label(kind, one["runs"][kind]["accuracy"]) for kind in kinds])
     axis.invert_yaxis()
     overhead = one["overhead"]
-    text = f": {100 * (1 - overhead['value']):.0f} % of the overhead gone" if overhead else ""
-    axis.set_title("Forward + backward" + text, loc="left", fontsize=10.5, fontweight="bold")
-    axis.set_xlabel("ms per step (median, p20 to p80)")
+    title = (
+        f"{100 * (1 - overhead['value']):.0f} % of PEFT's overhead gone"
+        if overhead
+        else "Step time"
+    )
+    axis.set_title(title, loc="left", fontsize=10.5, fontweight="bold")
+    axis.set_xlabel("forward + backward, ms (median, p20 to p80)")
     axis.tick_params(length=0)
     axis.spines["left"].set_visible(False)
+
+
+def _kind_label(kind: str, accuracy: list[float]) -> str:
+    """With the held-out accuracy, over seeds where there are several."""
+    if not accuracy:
+        return KIND_LABELS[kind]
+    mean, spread = mean_and_spread(accuracy)
+    text = f"{KIND_LABELS[kind]}\n{100 * mean:.1f}"
+    return text + (f" ± {100 * spread:.1f} % right" if len(accuracy) > 1 else " % right")
 
 
 def _title(figure: Any, height: float, title: str, results: Results) -> None:
     meta = results["meta"]
     figure.text(0.012, 1 - 0.14 / height, title, fontsize=13, fontweight="bold", va="top")
-    line = f"{meta['device']} ({meta['instruction_set']}), torch {meta['versions']['torch']}, pelt_fast {meta['commit']}"
+    versions = f"torch {meta['versions']['torch']}, pelt_fast {meta['commit']}"
+    line = f"{meta['device']} ({meta['instruction_set']}), {versions}"
     figure.text(0.012, 1 - 0.43 / height, line, fontsize=9, color=FAINT, va="top")
 
 
 def plot_all(results: Results, folder: Path) -> list[Path]:
-    """Draws what the results allow; a picture of earlier results that these do not allow is removed."""
+    """Draws what the results allow; an earlier picture that they do not allow is removed."""
     drawn = []
     for name, plot in (("overhead.png", plot_overhead), ("finetune.png", plot_finetune)):
         path = folder / name
@@ -208,5 +302,3 @@ def plot_all(results: Results, folder: Path) -> list[Path]:
         else:
             path.unlink(missing_ok=True)
     return drawn
-
-

@@ -26,6 +26,8 @@ class TextTable:
     columns: list[str]
     rows: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    wide: tuple[str, ...] = ()
+    """Columns that a terminal has no room for."""
 
     def markdown(self) -> str:
         lines = [f"**{self.title}**", ""]
@@ -36,17 +38,31 @@ class TextTable:
         return "\n".join(lines)
 
     def rich(self) -> Any:
+        from rich import box
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=self.title, title_justify="left", title_style="bold")
-        for column in self.columns:
-            table.add_column(column, justify="right")
+        table = Table(
+            title=self.title,
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+        )
+        shown = [i for i, column in enumerate(self.columns) if column not in self.wide]
+        for i in shown:
+            # headings may break, cells may not; but the last column may hold a sentence
+            longest = max((len(row[i]) for row in self.rows), default=0)
+            table.add_column(
+                Text(self.columns[i]),
+                justify="left" if i == 0 else "right",
+                min_width=min(longest, 28) if i != shown[-1] else None,
+            )
         for row in self.rows:
             lost = any(LOST in cell for cell in row)
-            table.add_row(*row, style="red" if lost else None)
-        return Group(table, *(Text(note, style="dim") for note in self.notes))
+            table.add_row(*(Text(row[i]) for i in shown), style="red" if lost else None)
+        return Group(table, *(Text(note.replace("*", ""), style="dim") for note in self.notes))
 
 
 def tables(results: Results) -> list[TextTable]:
@@ -70,17 +86,14 @@ def headlines(results: Results) -> list[str]:
         if overhead:
             gone = 100 * (1 - overhead["value"])
             lines.append(
-                f"MiniLM fine-tune in {one['plan']['dtype']}: {gone:.0f} % of PEFT's overhead over the frozen "
-                "model's step is gone"
+                f"MiniLM fine-tune in {one['plan']['dtype']}: {gone:.0f} % of PEFT's overhead over "
+                "the frozen model's step is gone"
                 + (" (a few tiny steps only)." if not one["trained"] else ".")
             )
-    rows = [row for row in run_rows(results) if row["mode"] == "train" and row["tokens"] >= 512]
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        means = []
-        for form, text in FORMS.items():
-            values = [v for row in rows if row["dtype"] == dtype for v in [overhead_of(row, f"ours_{form}")] if v is not None]
-            if values:
-                means.append(f"{statistics.fmean(values):+.2f} {text} ({len(values)} rows)")
+    for dtype in dict.fromkeys(row["dtype"] for row in run_rows(results)):
+        means = [
+            f"{mean:+.2f} {FORMS[form]}" for form, mean in mean_overheads(results, dtype).items()
+        ]
         if means:
             lines.append(f"Mean PELT overhead in {dtype}, T ≥ 512: " + ", ".join(means) + ".")
     compared, lost = _comparisons(results)
@@ -89,10 +102,32 @@ def headlines(results: Results) -> list[str]:
     return lines
 
 
+def mean_overheads(results: Results, dtype: str) -> dict[str, float]:
+    """Per form, over the training rows with T ≥ 512 in which it can be told."""
+    rows = [
+        r
+        for r in run_rows(results)
+        if r["mode"] == "train" and r["tokens"] >= 512 and r["dtype"] == dtype
+    ]
+    values = {form: [overhead_of(row, f"ours_{form}") for row in rows] for form in FORMS}
+    known = {form: [v for v in vs if v is not None] for form, vs in values.items()}
+    return {form: statistics.fmean(vs) for form, vs in known.items() if vs}
+
+
 FORMS = {
     "base": "against PEFT with adapters in the base dtype",
     "dropout": "with dropout 0.1",
     "fp32": "against PEFT's default, fp32 adapters",
+}
+
+SHORT = {
+    "peft_base": "PEFT",
+    "peft_dropout": "PEFT drop",
+    "peft_fp32": "PEFT fp32",
+    "peft_compiled": "compiled",
+    "ours_base": "ours",
+    "ours_dropout": "ours drop",
+    "ours_fp32": "ours fp32",
 }
 
 
@@ -103,7 +138,11 @@ def provenance(results: Results) -> str:
     return (
         f"{meta['device']} ({meta['instruction_set']}, {meta['threads']} threads), {meta['date']}, "
         f"commit {meta['commit'] or 'unknown'}; {versions}."
-        + (f" The machine was not idle at the start: load average {meta['load_average']}." if busy else "")
+        + (
+            f" The machine was not idle at the start: load average {meta['load_average']}."
+            if busy
+            else ""
+        )
     )
 
 
@@ -115,7 +154,8 @@ def update_readme(readme: Path, results: Results, folder: Path) -> bool:
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     readme.write_text(
-        before + BEGIN + "\n" + markdown(results, folder, readme.parent) + END + after, encoding="utf-8"
+        before + BEGIN + "\n" + markdown(results, folder, readme.parent) + END + after,
+        encoding="utf-8",
     )
     return True
 
@@ -124,7 +164,10 @@ def markdown(results: Results, folder: Path, root: Path) -> str:
     """The results section, with its pictures linked relative to ``root``."""
     parts = [provenance(results), ""]
     parts += [f"- {line}" for line in headlines(results)] + [""]
-    for name, alt in (("overhead.png", "PELT overhead by shape"), ("finetune.png", "MiniLM fine-tune, loss and step time")):
+    for name, alt in (
+        ("overhead.png", "PELT overhead by shape"),
+        ("finetune.png", "MiniLM fine-tune, loss and step time"),
+    ):
         if (folder / name).exists():
             parts += [f"![{alt}]({(folder / name).relative_to(root).as_posix()})", ""]
     parts += [table.markdown() for table in tables(results)]
@@ -138,9 +181,10 @@ def _train_table(results: Results) -> TextTable:
     gpu = results["meta"]["kind"] == "cuda"
     table = TextTable(
         "LoRA linear, r = 8, forward + backward (ms, medians)",
-        ["dtype", "T", "in → out", "frozen", "PEFT", "ours", "ours / PEFT"]
+        ["T × in → out", "frozen", "PEFT", "ours", "ours / PEFT"]
         + ["overhead", "p10 to p90", "dropout", "fp32 adapter", "error / PEFT", "ran"]
         + (["GB/s", "TFLOP/s", "host ms"] if gpu else []),
+        wide=("p10 to p90",),
     )
     for row in run_rows(results):
         if row["mode"] != "train":
@@ -148,16 +192,16 @@ def _train_table(results: Results) -> TextTable:
         ours = row["contenders"]["ours_base"]
         error = ours["error_ratio"]
         cells = [
-            row["dtype"],
-            str(row["tokens"]),
-            f"{row['in_features']} → {row['out_features']}",
+            _name(row),
             *(_ms(row, name) for name in ("frozen", "peft_base", "ours_base")),
             _ratio_cell(row, "ours_base", "peft_base"),
             _overhead_cell(row, "ours_base"),
             _interval_cell(row, "ours_base"),
             _overhead_cell(row, "ours_dropout"),
             _overhead_cell(row, "ours_fp32"),
-            f"{error['mean']:.2f}" + (f" {LOST}" if error["mean"] > 1.005 else "") if error else "–",
+            f"{error['mean']:.2f}" + (f" {LOST}" if error["mean"] > 1.005 else "")
+            if error
+            else "–",
             ours["ran"] if not ours["wrong"] else f"WRONG {LOST}",
         ]
         if gpu:
@@ -166,9 +210,10 @@ def _train_table(results: Results) -> TextTable:
             cells += [f"{ours['host_ms']:.3f}" if ours["host_ms"] else "–"]
         table.rows.append(cells)
     table.notes = [
-        "*overhead* = (ours − frozen) / (PEFT − frozen): 0 is the frozen linear's cost, 1 is PEFT's, with an interval over "
-        "resampled rounds; *dropout* and *fp32 adapter*: the same against PEFT with dropout 0.1, and with its default of an "
-        "fp32 adapter. Bare ratios (×) stand where PEFT costs less than 2 % over frozen, and a quotient would be noise. "
+        "*overhead* = (ours − frozen) / (PEFT − frozen): 0 is the frozen linear's cost, 1 is "
+        "PEFT's, with an interval over resampled rounds; *dropout* and *fp32 adapter*: the same "
+        "against PEFT with dropout 0.1, and with its default of an fp32 adapter. Bare ratios (×) "
+        "stand where PEFT costs less than 2 % over frozen, and a quotient would be noise. "
         "*error / PEFT*: mean distance from fp64 over PEFT's, the worst of y, dx, dA, dB. "
         f"{LOST}: slower, or less exact, than PEFT.",
     ]
@@ -178,15 +223,13 @@ def _train_table(results: Results) -> TextTable:
 def _decode_table(results: Results) -> TextTable:
     table = TextTable(
         "Decoding, forward without gradient (ms, medians)",
-        ["dtype", "T", "in → out", "frozen", "PEFT", "ours", "ours / frozen", "ours / PEFT", "ran"],
+        ["T × in → out", "frozen", "PEFT", "ours", "ours / frozen", "ours / PEFT", "ran"],
     )
     for row in run_rows(results):
         if row["mode"] == "decode":
             table.rows.append(
                 [
-                    row["dtype"],
-                    str(row["tokens"]),
-                    f"{row['in_features']} → {row['out_features']}",
+                    _name(row),
                     *(_ms(row, name) for name in ("frozen", "peft_base", "ours_base")),
                     f"{_median(row, 'ours_base') / _median(row, 'frozen'):.2f}",
                     _ratio_cell(row, "ours_base", "peft_base"),
@@ -199,26 +242,48 @@ def _decode_table(results: Results) -> TextTable:
 def _contenders_table(results: Results) -> TextTable:
     """Everyone, relative to the frozen linear, in the largest rows that each dtype has."""
     rows = [row for row in run_rows(results) if row["mode"] == "train"]
-    names = [n for n in dict.fromkeys(n for row in rows for n in row["contenders"]) if n != "frozen"]
+    names = [
+        n for n in dict.fromkeys(n for row in rows for n in row["contenders"]) if n != "frozen"
+    ]
     names = [n for n in names if any(_has(row, n) for row in rows)]
-    table = TextTable("Every contender, forward + backward, as a multiple of the frozen linear", ["dtype", "T", "in → out", *names])
+    table = TextTable(
+        "Every contender, forward + backward, as a multiple of the frozen linear",
+        ["T × in → out", *(SHORT.get(name, name) for name in names)],
+    )
     for row in rows:
-        cells = [f"{_median(row, n) / _median(row, 'frozen'):.2f}" if _has(row, n) else "–" for n in names]
-        table.rows.append([row["dtype"], str(row["tokens"]), f"{row['in_features']} → {row['out_features']}", *cells])
+        cells = [
+            f"{_median(row, n) / _median(row, 'frozen'):.2f}" if _has(row, n) else "–"
+            for n in names
+        ]
+        table.rows.append([_name(row), *cells])
     if table.rows:
-        table.notes = ["*ours[x]*: the backend x, asked for by name. –: not in this row, see `kernels.csv` for the reason."]
+        table.notes = [
+            "*drop*: dropout 0.1; *fp32*: fp32 adapter over a half-precision base; *ours[x]*: the "
+            "backend x, asked for by name. –: not in this row, `kernels.csv` says why."
+        ]
     return table
 
 
 def _memory_table(results: Results) -> TextTable:
-    """One row per dtype: what is kept between forward and backward beyond x and the weights, and the peak."""
-    wanted = ("frozen", "peft_base", "peft_dropout", "peft_fp32", "addmm", "ours_base", "ours_dropout", "ours_fp32")
+    """The largest row of each dtype: what is kept for the backward beyond x and weights; peak."""
+    wanted = (
+        "frozen",
+        "peft_base",
+        "peft_dropout",
+        "peft_fp32",
+        "addmm",
+        "ours_base",
+        "ours_dropout",
+        "ours_fp32",
+    )
     table = TextTable(
         "Memory of one step (MiB): saved between forward and backward, peak growth",
-        ["dtype", "T", "in → out", *wanted],
+        ["T × in → out", *(SHORT.get(name, name) for name in wanted)],
     )
     for dtype in dict.fromkeys(row["dtype"] for row in run_rows(results)):
-        rows = [row for row in run_rows(results) if row["dtype"] == dtype and row["mode"] == "train"]
+        rows = [
+            row for row in run_rows(results) if row["dtype"] == dtype and row["mode"] == "train"
+        ]
         if rows:
             row = max(rows, key=lambda row: row["tokens"] * row["out_features"])
             cells = []
@@ -227,60 +292,72 @@ def _memory_table(results: Results) -> TextTable:
                 saved, peak = entry.get("saved_bytes"), entry.get("peak_bytes")
                 text = f"{saved / MIB:.2f}" if saved is not None else "–"
                 cells.append(text + (f", {peak / MIB:.0f}" if peak is not None else ""))
-            table.rows.append([dtype, str(row["tokens"]), f"{row['in_features']} → {row['out_features']}", *cells])
-    table.notes = ["Saved: new storages only; x and the parameters by alias cost nothing. Peak: results included."]
+            table.rows.append([_name(row), *cells])
+    table.notes = [
+        "Saved: new storages only, x and the parameters cost nothing. Peak: results included."
+    ]
     return table
 
 
 def _finetune_table(results: Results) -> TextTable:
     table = TextTable(
-        "Fine-tune: MiniLM-L6 on Rotten Tomatoes, LoRA r = 8 on every linear of the encoder",
-        ["dtype", "", "forward + backward (ms)", "whole step (ms)", "overhead", "held-out accuracy", "last loss", "saved, peak (MiB)"],
+        "Fine-tune: MiniLM-L6, Rotten Tomatoes, LoRA r = 8 on every linear (ms, medians)",
+        ["", "forward + backward", "p20 to p80", "overhead", "whole step", "its overhead"]
+        + ["accuracy", "last loss", "saved MiB", "peak MiB"],
+        wide=("p20 to p80", "saved MiB"),
     )
     for one in results["finetune"]:
-        for kind, run in one["runs"].items():
-            overhead, step_overhead = one["overhead"], one["step_overhead"]
-            text = {"eager": "1", "frozen": "0"}.get(kind, f"{overhead['value']:+.2f}" if overhead else "–")
-            if kind == "accelerated" and step_overhead:
-                text += f" (whole step {step_overhead['value']:+.2f})"
-            if kind == "accelerated" and run["model_ms"]["median"] > one["runs"]["eager"]["model_ms"]["median"]:
-                text += f" {LOST}"
-            accuracy = "–"
-            if run["accuracy"]:
-                mean, spread = mean_and_spread(run["accuracy"])
-                n = len(run["accuracy"])
-                accuracy = f"{100 * mean:.1f} %" + (f" ± {100 * spread:.1f} ({n} seeds)" if n > 1 else " (1 seed)")
+        plan, runs = one["plan"], one["runs"]
+        slower = runs["accelerated"]["model_ms"]["median"] > runs["eager"]["model_ms"]["median"]
+        for kind, run in runs.items():
+
+            def overhead(key: str, kind: str = kind, one: dict[str, Any] = one) -> str:
+                ours = f"{one[key]['value']:+.2f}" if one[key] else "–"
+                return {"eager": "1", "frozen": "0"}.get(kind, ours)
+
+            model, step = run["model_ms"], run["step_ms"]
             table.rows.append(
                 [
-                    one["plan"]["dtype"],
-                    kind if kind != "frozen" else "frozen, head only",
-                    _stat(run["model_ms"]),
-                    _stat(run["step_ms"]),
-                    text,
-                    accuracy,
+                    f"{plan['dtype']} {kind}" + (", head only" if kind == "frozen" else ""),
+                    f"{model['median']:.1f}",
+                    f"{model['p20']:.1f} to {model['p80']:.1f}",
+                    overhead("overhead") + (f" {LOST}" if kind == "accelerated" and slower else ""),
+                    f"{step['median']:.1f}",
+                    overhead("step_overhead"),
+                    _accuracy(run["accuracy"]),
                     f"{statistics.fmean(run['losses'][0][-10:]):.3f}" if one["trained"] else "–",
-                    f"{run['saved_bytes'] / MIB:.0f}" + (f", {run['peak_bytes'] / MIB:.0f}" if run["peak_bytes"] else ""),
+                    *(
+                        f"{run[key] / MIB:.0f}" if run[key] else "–"
+                        for key in ("saved_bytes", "peak_bytes")
+                    ),
                 ]
             )
-        plan = one["plan"]
+        steps, seeds = len(runs["eager"]["losses"][0]), len(runs["eager"]["losses"])
+        note = plan["note"] or f"{seeds} seed(s), accuracy on {plan['held_out']} held-out texts"
         table.notes.append(
-            f"{plan['dtype']}: {len(one['runs']['eager']['losses'][0])} steps of {plan['batch']} × {plan['length']} tokens"
-            + (f"; {plan['note']}." if plan["note"] else "; p20 to p80 in brackets, ± over seeds.")
+            f"{plan['dtype']}: {steps} steps of {plan['batch']} × {plan['length']} tokens; {note}."
         )
     return table
 
 
+def _accuracy(values: list[float]) -> str:
+    if not values:
+        return "–"
+    mean, spread = mean_and_spread(values)
+    return f"{100 * mean:.1f} %" + (f" ± {100 * spread:.1f}" if len(values) > 1 else "")
+
+
 def _not_run_table(results: Results) -> TextTable:
-    table = TextTable("Not run", ["dtype", "T", "in → out", "why"])
-    table.rows = [
-        [row["dtype"], str(row["tokens"]), f"{row['in_features']} → {row['out_features']}", row["not_run"]]
-        for row in _sorted_rows(results)
-        if row["not_run"]
-    ]
+    table = TextTable("Not run", ["T × in → out", "why"])
+    table.rows = [[_name(row), row["not_run"]] for row in _sorted_rows(results) if row["not_run"]]
     return table
 
 
 # --- cells
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['dtype']} {row['tokens']} × {row['in_features']} → {row['out_features']}"
 
 
 def _sorted_rows(results: Results) -> list[dict[str, Any]]:
@@ -325,7 +402,11 @@ def _rival(name: str) -> str:
 
 def _ms(row: dict[str, Any], name: str) -> str:
     value = _median(row, name)
-    return "–" if value != value else (f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}")
+    return (
+        "–"
+        if value != value
+        else (f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}")
+    )
 
 
 def _ratio_cell(row: dict[str, Any], name: str, rival: str) -> str:
@@ -345,10 +426,6 @@ def _overhead_cell(row: dict[str, Any], name: str) -> str:
 def _interval_cell(row: dict[str, Any], name: str) -> str:
     found = row["contenders"][name]["overhead"].get(_main_pass(row))
     return f"{found['low']:+.2f} to {found['high']:+.2f}" if found else "–"
-
-
-def _stat(stat: dict[str, float]) -> str:
-    return f"{stat['median']:.1f} [{stat['p20']:.1f} to {stat['p80']:.1f}]"
 
 
 def _comparisons(results: Results) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What a run leaves behind: one JSON file, and the same numbers as CSV. Everything shown is made from these."""
+"""What a run leaves behind: a JSON file, from which all that is shown is made, and CSV."""
 
 from __future__ import annotations
 
@@ -113,7 +113,10 @@ def _plain(value: Any) -> str:
 def _flat_kernels(results: Results) -> Any:
     """Long format: one line per case, contender and pass."""
     for row in results["kernels"]:
-        head = {key: row[key] for key in ("dtype", "mode", "tokens", "in_features", "out_features", "rounds")}
+        head = {
+            key: row[key]
+            for key in ("dtype", "mode", "tokens", "in_features", "out_features", "rounds")
+        }
         if row["not_run"]:
             yield {**head, "note": "not run: " + row["not_run"]}
         for name, entry in row["contenders"].items():

@@ -1,7 +1,7 @@
-"""The kernel table as a pytest-benchmark suite: `pytest bench` (and `--bench-full`, `-k bf16`, ...).
+"""The kernel table as a pytest-benchmark suite: `pytest bench` (`--bench-full`, `-k bf16`, ...).
 
-Each case is measured once, its contenders taking turns, and each test hands one contender's samples of one pass to
-pytest-benchmark, whose tables, JSON and comparisons then work as ever.
+Each case is measured once, its contenders taking turns, and each test hands one contender's samples
+of one pass to pytest-benchmark, whose tables, JSON and comparisons then work as ever.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = full_cases() if metafunc.config.getoption("--bench-full") else quick_cases()
     rows = [(case, pass_, name) for case in cases for pass_ in case.passes for name in NAMES]
     metafunc.parametrize(
-        ("case", "pass_", "contender"), rows, ids=[f"{case}-{pass_}-{name}" for case, pass_, name in rows]
+        ("case", "pass_", "contender"),
+        rows,
+        ids=[f"{case}-{pass_}-{name}" for case, pass_, name in rows],
     )
 
 

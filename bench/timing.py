@@ -1,7 +1,7 @@
 """Timing: one sample is one forward and one backward; contenders take turns in one process.
 
-Other work on the machine, frequency changes and cold caches then hit every contender alike, and ratios between
-contenders keep their meaning where milliseconds do not.
+Other work on the machine, frequency changes and cold caches then hit every contender alike, and
+ratios between contenders keep their meaning where milliseconds do not.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def clock_for(device: torch.device) -> CpuClock | CudaClock:
 
 
 def turns(names: Sequence[str]) -> Iterator[list[str]]:
-    """The order of each round: forward, then reversed, so that no contender always follows the same other."""
+    """The order of each round: forward, then reversed: nobody always follows the same other."""
     while True:
         yield list(names)
         yield list(reversed(names))
@@ -94,7 +94,7 @@ def interleave(
     min_rounds: int = 3,
     max_rounds: int = 60,
 ) -> dict[str, list[Sample]]:
-    """Samples every contender once per round, until the budget is spent; at least ``min_rounds``."""
+    """Samples every contender once per round until the budget is spent."""
     samples: dict[str, list[Sample]] = {name: [] for name in steps}
     end = time.perf_counter() + budget_s
     with _no_gc():
@@ -134,9 +134,10 @@ class Stat:
 
 @dataclass(frozen=True)
 class Overhead:
-    """PELT overhead, (ours - frozen) / (PEFT - frozen), with the 10th and 90th percentile of a bootstrap over rounds.
+    """PELT overhead, (ours - frozen) / (PEFT - frozen); p10 and p90 of a bootstrap over rounds.
 
-    0: tuning costs nothing over the frozen model; 1: as much as with PEFT; below 0: faster than the frozen model.
+    0: tuning costs nothing over the frozen model; 1: as much as with PEFT; below 0: faster than the
+    frozen model.
     """
 
     value: float
@@ -150,7 +151,7 @@ MIN_PEFT_OVERHEAD = 0.02  # of the frozen time; below it a quotient of two diffe
 def overhead(
     frozen: Sequence[float], eager: Sequence[float], ours: Sequence[float], resamples: int = 400
 ) -> Overhead | None:
-    """From the samples of the same rounds; None where PEFT's own overhead cannot be told from noise."""
+    """From samples of the same rounds; None where PEFT's own overhead drowns in noise."""
     rounds = np.asarray([frozen, eager, ours])
     f, e, o = np.median(rounds, axis=1)
     if e - f < MIN_PEFT_OVERHEAD * f:
@@ -164,10 +165,10 @@ def overhead(
 
 
 class InjectedTimer:
-    """A clock for pytest-benchmark that stands still except when a sample taken elsewhere is injected.
+    """A clock for pytest-benchmark that stands still until a sample from elsewhere is injected.
 
-    pytest-benchmark by itself times one function at a time, by the host's clock. With this timer its tables and its
-    JSON hold the interleaved samples, CUDA events included.
+    pytest-benchmark by itself times one function at a time, by the host's clock. With this timer
+    its tables and its JSON hold the interleaved samples, CUDA events included.
     """
 
     def __init__(self) -> None:
@@ -177,7 +178,7 @@ class InjectedTimer:
         return self.now
 
     def inject(self, benchmark: Any, samples: Sequence[float]) -> None:
-        """Makes ``samples`` (seconds) the rounds of ``benchmark``, a fixture that uses this timer."""
+        """Makes ``samples`` (seconds) the rounds of ``benchmark``, which uses this timer."""
         remaining = iter(samples)
 
         def advance() -> None:

@@ -1,0 +1,96 @@
+"""The harness lives in bench/, beside the package; rows made by hand, so that no test waits for a clock."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+
+@pytest.fixture
+def steps() -> Any:
+    """Makes a step for `bench.timing` from a forward and a backward."""
+
+    def make(forward: Any, backward: Any = None) -> SimpleNamespace:
+        return SimpleNamespace(forward=forward, backward=backward)
+
+    return make
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    """Two rows of the table, one won and one lost, one that did not run, and a tiny fine-tune."""
+
+    def stat(ms: float) -> dict[str, float]:
+        return {"median": ms, "p20": 0.9 * ms, "p80": 1.1 * ms}
+
+    def entry(ms: float, overhead: float | None = None, **more: Any) -> dict[str, Any]:
+        interval = {"value": overhead, "low": (overhead or 0) - 0.1, "high": (overhead or 0) + 0.1}
+        return {
+            "ran": "torch",
+            "times": {"forward": stat(ms / 3), "backward": stat(2 * ms / 3), "both": stat(ms)},
+            "host_ms": None,
+            "overhead": {} if overhead is None else {"both": interval},
+            "errors": {},
+            "error_ratio": {"max": 1.0, "mean": 0.9},
+            "saved_bytes": 1 << 20,
+            "peak_bytes": None,
+            "missing": "",
+            "wrong": "",
+            **more,
+        }
+
+    def row(tokens: int, not_run: str = "", **contenders: Any) -> dict[str, Any]:
+        return {
+            "case": f"fp32-train-T{tokens}-768x768",
+            "dtype": "fp32",
+            "mode": "train",
+            "tokens": tokens,
+            "in_features": 768,
+            "out_features": 768,
+            "flops": 10**9,
+            "bytes": 10**7,
+            "rounds": 3,
+            "not_run": not_run,
+            "contenders": contenders,
+        }
+
+    run = {
+        "losses": [[0.7, 0.6, 0.5]],
+        "accuracy": [0.75, 0.77],
+        "step_ms": stat(12.0),
+        "model_ms": stat(10.0),
+        "saved_bytes": 1 << 20,
+        "peak_bytes": None,
+    }
+    won = row(512, frozen=entry(10.0), peft_base=entry(14.0), ours_base=entry(11.0, 0.25))
+    lost = row(2048, frozen=entry(40.0), peft_base=entry(44.0), ours_base=entry(46.0, 1.5))
+    return {
+        "meta": {
+            "device": "Some CPU",
+            "slug": "some-cpu",
+            "kind": "cpu",
+            "instruction_set": "AVX2",
+            "threads": 2,
+            "date": "2026-01-01",
+            "commit": "abc1234",
+            "versions": {"torch": "2.13.0", "triton": None},
+            "load_average": 0.1,
+        },
+        "kernels": [won, lost, row(8192, not_run="estimated 99 s")],
+        "finetune": [
+            {
+                "plan": {"dtype": "fp32", "batch": 16, "length": 32, "held_out": 512, "note": ""},
+                "trained": True,
+                "replaced": "36 of 36",
+                "runs": dict.fromkeys(("eager", "accelerated", "frozen"), run),
+                "overhead": {"value": 0.2, "low": 0.1, "high": 0.3},
+                "step_overhead": None,
+            }
+        ],
+    }

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import environment, report
+from bench import results as records
+
+Results = dict[str, Any]
+
+
+def test_losses_are_shown_and_marked(results: Results) -> None:
+    text = report.markdown(results, Path("/nowhere/results"), Path("/nowhere"))
+    (won,) = (line for line in text.splitlines() if "| 11.00 |" in line)
+    (lost,) = (line for line in text.splitlines() if "| 46.00 |" in line)
+    assert report.LOST not in won
+    assert "+0.25" in won
+    assert f"+1.50 {report.LOST}" in lost
+    assert "Slower than PEFT in 1 of 2 comparisons" in text
+
+
+def test_rows_that_did_not_run_are_listed_with_the_reason(results: Results) -> None:
+    (table,) = [t for t in report.tables(results) if t.title == "Not run"]
+    assert table.rows == [["fp32 8192 × 768 → 768", "estimated 99 s"]]
+
+
+def test_mean_overhead(results: Results) -> None:
+    assert report.mean_overheads(results, "fp32") == pytest.approx({"base": 0.875})
+
+
+def test_a_wrong_result_stays_in_the_table(results: Results) -> None:
+    ours = results["kernels"][0]["contenders"]["ours_base"]
+    ours.update(times={}, overhead={}, wrong="ours_base is wrong", error_ratio=None)
+    assert f"WRONG {report.LOST}" in report.markdown(results, Path("/r/x"), Path("/r"))
+
+
+def test_readme_changes_between_the_marks_only(results: Results, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    folder = tmp_path / "bench" / "results" / "some-cpu"
+    folder.mkdir(parents=True)
+    (folder / "overhead.png").touch()
+    assert report.update_readme(readme, results, folder)
+    once = readme.read_text()
+    assert once.startswith(f"before\n{report.BEGIN}\n")
+    assert once.endswith(f"{report.END}\nafter\n")
+    assert "old" not in once
+    assert "](bench/results/some-cpu/overhead.png)" in once
+    assert "finetune.png" not in once
+    report.update_readme(readme, results, folder)
+    assert readme.read_text() == once
+
+
+def test_readme_without_marks_is_left_alone(results: Results, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("mine")
+    assert not report.update_readme(readme, results, tmp_path)
+    assert readme.read_text() == "mine"
+
+
+def test_files(results: Results, tmp_path: Path) -> None:
+    records.save(results, tmp_path)
+    assert records.load(tmp_path) == results
+    with (tmp_path / "kernels.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    ours = [x for x in lines if x["contender"] == "ours_base" and x["pass"] == "both"]
+    assert [(x["tokens"], x["median_ms"], x["overhead"]) for x in ours] == [
+        ("512", "11.0", "0.25"),
+        ("2048", "46.0", "1.5"),
+    ]
+    assert [x["note"] for x in lines if x["note"]] == ["not run: estimated 99 s"]
+    with (tmp_path / "finetune.csv").open(newline="") as file:
+        assert [x["loss"] for x in csv.DictReader(file) if x["kind"] == "eager"] == [
+            "0.7",
+            "0.6",
+            "0.5",
+        ]
+
+
+def test_a_part_that_was_not_run_is_kept(results: Results, tmp_path: Path) -> None:
+    records.save(results, tmp_path)
+    new = {"meta": {"commit": "new"}, "kernels": [], "finetune": ["again"]}
+    assert records.merged(new, tmp_path) == {
+        "meta": {"commit": "new"},
+        "kernels": results["kernels"],
+        "finetune": ["again"],
+    }
+
+
+def test_pictures(results: Results, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from bench import plots
+
+    drawn = plots.plot_all(results, tmp_path)
+    assert [path.name for path in drawn] == ["overhead.png", "finetune.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    empty = {**results, "kernels": [], "finetune": []}
+    assert plots.plot_all(empty, tmp_path) == []
+    assert not any(path.exists() for path in drawn)
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ("Intel(R) Xeon(R) Processor @ 2.60GHz 2c AMX", "intel-xeon-2c-amx"),
+        ("AMD EPYC 2c AVX2", "amd-epyc-2c-avx2"),
+        ("NVIDIA H200", "nvidia-h200"),
+    ],
+)
+def test_slug(name: str, slug: str) -> None:
+    assert environment.slugify(name) == slug
