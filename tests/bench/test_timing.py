@@ -1,23 +1,57 @@
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from bench.timing import CpuClock, InjectedTimer, Sample, Stat, interleave, overhead, turns
+from bench.timing import CpuClock, Sample, Stat, interleave, overhead, turns
+
+SAMPLES = [0.003, 0.001, 0.002, 7.0]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_injected_samples_are_what_pytest_benchmark_reports(tmp_path: Path) -> None:
+    """In a pytest of its own: pytest-benchmark does nothing under pytest-xdist."""
+    (tmp_path / "test_injected.py").write_text(f"""
+import pytest
+from bench.timing import InjectedTimer
 
 TIMER = InjectedTimer()
 
-
 @pytest.mark.benchmark(timer=TIMER)
-def test_injected_samples_are_what_pytest_benchmark_reports(benchmark: Any) -> None:
-    samples = [0.003, 0.001, 0.002, 7.0]
-    TIMER.inject(benchmark, samples)
-    assert benchmark.stats.stats.data == pytest.approx(samples, abs=1e-12)
-    assert benchmark.stats.stats.median == pytest.approx(0.0025)
+def test_it(benchmark):
+    TIMER.inject(benchmark, {SAMPLES})
+""")
+    report = tmp_path / "report.json"
+    options = [
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        str(tmp_path),
+    ]
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    subprocess.run(
+        [sys.executable, "-m", "pytest", *options, f"--benchmark-json={report}", str(tmp_path)],
+        cwd=tmp_path,
+        env={**environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+    )
+    (found,) = json.loads(report.read_text())["benchmarks"]
+    assert found["stats"]["data"] == pytest.approx(SAMPLES, abs=1e-12)
+    assert found["stats"]["median"] == pytest.approx(0.0025)
 
 
 def test_passes_are_timed_apart(steps: Any) -> None:
