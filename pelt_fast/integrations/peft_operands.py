@@ -65,7 +65,7 @@ def operands(layer: lora.Linear, x: Tensor | None = None) -> Operands | str:
         return "a global module hook is registered"
     base = layer._modules["base_layer"]
     weight, bias = _parameter(base, "weight"), _parameter(base, "bias")
-    autocast = x is not None and torch.is_autocast_enabled(x.device.type)
+    autocast = x is not None and _is_autocast(x.device.type)
     obstacle = (
         _module_obstacle(base, _BASE, "base_layer")
         or _tensor_obstacle(weight, "base weight")
@@ -139,6 +139,11 @@ def _parameter(module: nn.Module, name: str) -> Any:
     parameters = module._parameters
     # replicas of DataParallel keep theirs as attributes
     return parameters[name] if name in parameters else getattr(module, name, None)
+
+
+def _is_autocast(device_type: str) -> bool:
+    # asking about a device that has no autocast, such as meta, raises
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _input_obstacle(x: Tensor | None, weight: Tensor, autocast: bool) -> str | None:

@@ -1,0 +1,168 @@
+"""Accelerated models in the loops and compilers that people run them in."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import pelt_fast
+
+STEPS = 3
+
+
+def train(
+    model: nn.Module, folder: Path, batches: list[dict[str, Tensor]], **options
+) -> dict[str, Tensor]:
+    """Three steps of transformers.Trainer with AdamW: how far each parameter has moved."""
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    rows = [{key: value[i] for key, value in b.items()} for b in batches for i in range(3)]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        max_steps=STEPS,
+        per_device_train_batch_size=3,
+        learning_rate=1e-2,
+        adam_epsilon=1e-3,  # the default divides small gradients by their own rounding errors
+        lr_scheduler_type="constant",
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        seed=0,
+        **options,
+    )
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+    result = trainer.train()
+    moved = {n: p.detach() - start[n] for n, p in model.named_parameters() if n in start}
+    return {"loss": torch.tensor(result.training_loss, dtype=torch.float64), **moved}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bf16": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_accumulation_steps": 2, "max_grad_norm": 0.01},
+    ],
+    ids=lambda options: next(iter(options), "fp32"),
+)
+def test_trainer(options, make, architectures, rounding, served, tmp_path) -> None:
+    arch = architectures["llama"]
+    batches = [arch.batch(seed=seed) for seed in range(2 * STEPS)]
+    plain = make("llama")
+    fast, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    pelt_fast.accelerate(fast)
+    precise = {key: value for key, value in options.items() if key != "bf16"}
+    right = train(exact, tmp_path, batches, **precise)
+    theirs = train(plain, tmp_path, batches, **options)
+    assert not served
+    ours = train(fast, tmp_path, batches, **options)
+    assert len(served) >= STEPS * arch.layers
+    dtype = torch.bfloat16 if "bf16" in options else torch.float32
+    # all that moves, as one vector: the error of three steps, each with the roundings of a whole pass
+    assert distance(ours, right) <= 2 * distance(theirs, right) + rounding(
+        dtype, STEPS * arch.layers
+    )
+
+
+def distance(actual: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    assert actual.keys() == right.keys()
+    errors = sum((actual[key].double() - right[key]).square().sum().item() for key in right)
+    return math.sqrt(errors / sum(value.square().sum().item() for value in right.values()))
+
+
+def test_trainer_saves_and_resumes(make, architectures, accelerated, tmp_path) -> None:
+    batches = [architectures["llama"].batch(seed=seed) for seed in range(STEPS)]
+    saved = {}
+    for name, model in {"plain": make("llama"), "fast": accelerated(make("llama"))}.items():
+        train(model, tmp_path / name, batches)
+        transformers.Trainer(model=model, args=None).save_model(tmp_path / name)
+        saved[name] = sorted(path.name for path in (tmp_path / name).iterdir())
+    assert saved["plain"] == saved["fast"]
+    assert "adapter_model.safetensors" in saved["fast"]
+
+
+def test_two_micro_batches_accumulate(make, architectures, accelerated, assert_same) -> None:
+    plain = make("bert")
+    fast = accelerated(plain)
+    for model in (plain, fast):
+        for seed in range(2):
+            model(**architectures["bert"].batch(seed=seed)).loss.backward()
+    expected = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+    for name, parameter in fast.named_parameters():
+        if name in expected:
+            assert_same(parameter.grad, expected[name], name)
+
+
+def test_a_retained_graph(make, architectures, accelerated) -> None:
+    fast = accelerated(make("bert"))
+    loss = fast(**architectures["bert"].batch()).loss
+    parameters = [p for p in fast.parameters() if p.requires_grad]
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    second = torch.autograd.grad(loss, parameters)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_double_backward_says_that_there_is_none(make, architectures, accelerated) -> None:
+    fast = accelerated(make("bert"))
+    embeddings = fast.get_input_embeddings()(architectures["bert"].batch()["input_ids"])
+    embeddings = embeddings.detach().requires_grad_()
+    logits = fast(inputs_embeds=embeddings).logits
+    (gradient,) = torch.autograd.grad(logits.sum(), embeddings, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.square().sum().backward()
+
+
+def test_export_keeps_to_aten(make, architectures, accelerated) -> None:
+    # a program that is exported must run where pelt_fast is not installed
+    fast = accelerated(make("bert", target_modules=["query"])).eval()
+    layer = fast.base_model.model.bert.encoder.layer[0].attention.self.query
+    x = torch.randn(4, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(layer, (x,), strict=False)
+        traced = torch.jit.trace(layer, (x,))
+    assert not any("pelt_fast" in str(node.target) for node in program.graph.nodes)
+    assert "pelt_fast" not in str(traced.graph)
+    torch.testing.assert_close(program.module()(x), layer(x))
+    torch.testing.assert_close(traced(x), layer(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_compile_fullgraph(dropout, make, architectures, accelerated, assert_same) -> None:
+    fast = accelerated(make("bert", lora_dropout=dropout))
+    plain = copy.deepcopy(fast)
+    batch = architectures["bert"].batch()
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, fullgraph=True)
+    layers = [m for m in fast.modules() if hasattr(m, "set_scale")]
+    originals = [m for m in plain.modules() if hasattr(m, "set_scale")]
+    for scale in (1.0, 2.0, 3.0):
+        for layer in layers + originals:
+            layer.set_scale("default", scale)
+        for model in (plain, compiled):
+            model.zero_grad()
+            torch.manual_seed(0)
+            model(**batch).loss.backward()
+        if dropout == 0:
+            gradients = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+            for name, parameter in fast.named_parameters():
+                if name in gradients:
+                    assert_same(parameter.grad, gradients[name], name)
+    fast.eval()
+    plain.eval()
+    with torch.no_grad():
+        assert_same(compiled(**batch).logits, plain(**batch).logits)
+        fast.merge_adapter()
+        plain.merge_adapter()
+        assert_same(compiled(**batch).logits, plain(**batch).logits)
