@@ -18,7 +18,9 @@ from pelt_fast.testing.workloads import LoRAInputs
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="where the tensors of the tests live: cpu or cuda")
+    parser.addoption(
+        "--device", default="cpu", help="where the tensors of the tests live: cpu or cuda"
+    )
     parser.addoption(
         "--require-backends",
         default="",
@@ -40,7 +42,9 @@ class Backend:
     required: bool
 
     def require(self, inputs: LoRAInputs) -> None:
-        explanation = pelt_fast.explain("lora_linear", *inputs.args, **inputs.kwargs, backend=self.name)
+        explanation = pelt_fast.explain(
+            "lora_linear", *inputs.args, **inputs.kwargs, backend=self.name
+        )
         # Without the line that names the problem, so that pytest folds equal reasons into one.
         reasons = {
             line.strip()

@@ -46,7 +46,9 @@ def trained(inputs: LoRAInputs) -> list[str]:
 
 
 def run(
-    function: Callable[[LoRAInputs], Tensor], inputs: LoRAInputs, wanted: Iterable[str] | None = None
+    function: Callable[[LoRAInputs], Tensor],
+    inputs: LoRAInputs,
+    wanted: Iterable[str] | None = None,
 ) -> Results:
     """Runs ``function`` forward and backward; ``wanted`` names the gradients (default: `trained`)."""
     wanted = trained(inputs) if wanted is None else list(wanted)

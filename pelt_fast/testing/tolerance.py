@@ -9,15 +9,18 @@ one feature). With u the unit roundoff of x's dtype and a that of the accumulato
 element it is the sum of
 
 1. ``u · |result|``: the one rounding of the result, or of a factor that all its terms share;
-2. ``c · u · ‖terms of the LoRA path‖₂``: the rank-r intermediate, and adapters wider than x, are rounded to x's dtype.
-   Such an error is independent in each term, with standard deviation at most u/√3 of it, and each term has two of
-   them: √(2/3) · u · ‖terms‖₂. The largest of up to 10⁵ normal numbers is 4.5 deviations away, so c = 4 (4.5 · √(2/3) is
-   3.7); their mean size is 0.8 deviations, so c = 1 there (0.8 · √(2/3) is 0.65);
-3. ``√K · a · Σ|terms|``: a sum of K terms accumulated in any order (Higham and Mary 2019, "A new approach to
-   probabilistic rounding error analysis", theorem 2.4 with λ = 1).
+2. ``c · u · ‖terms of the LoRA path‖₂``: the rank-r intermediate, and adapters wider than x, are
+   rounded to x's dtype. Such an error is independent in each term, with standard deviation at most
+   u/√3 of it, and each term has two of them: √(2/3) · u · ‖terms‖₂. The largest of up to 10⁵ normal
+   numbers is 4.5 deviations away, so c = 4 (4.5 · √(2/3) is 3.7); their mean size is 0.8 deviations,
+   so c = 1 there (0.8 · √(2/3) is 0.65);
+3. ``c · √K · a · (‖terms‖₂ + |result|)``: each of the K partial sums is rounded by at most a of itself,
+   independently (Higham and Mary 2019, "A new approach to probabilistic rounding error analysis"). Sums
+   of terms of random sign grow as √k to ‖terms‖₂, which makes √(1/6) of √K · a · ‖terms‖₂; sums of terms
+   of one sign grow as k to the result, which makes 1/3 of √K · a · |result|. Any order of summation
+   that a kernel may choose does better.
 
-``Σ|terms|`` is the oracle run on absolute values, and ``‖terms‖₂²`` the oracle run on squares, so every gradient gets its
-bound from the same few lines.
+``‖terms‖₂²`` is the oracle run on squares, so every gradient gets its bound from the same few lines.
 """
 
 from __future__ import annotations
@@ -102,13 +105,14 @@ def _bounds(
     dtype = inputs.x.dtype
     roundoff = torch.finfo(dtype).eps / 2
     accumulator = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
-    absolute = oracle.exact(_absolute(inputs), keep, wanted)
-    squares = oracle.exact(_squares_of_lora(inputs), keep, wanted)
+    squares = oracle.exact(_squares(inputs), keep, wanted)
+    squares_of_lora = oracle.exact(_without_base(_squares(inputs)), keep, wanted)
     bounds = {}
     for name, value in exact.items():
-        always = roundoff * value.abs() + math.sqrt(_terms(name, inputs)) * accumulator * absolute[name]
-        operands = roundoff * squares[name].sqrt()
-        bounds[name] = (always + 4 * operands, always + operands)
+        size = value.abs()
+        sums = math.sqrt(_terms(name, inputs)) * accumulator * (squares[name].sqrt() + size)
+        independent = roundoff * squares_of_lora[name].sqrt() + sums
+        bounds[name] = (roundoff * size + 4 * independent, roundoff * size + independent)
     return bounds
 
 
@@ -127,15 +131,14 @@ def _terms(name: str, inputs: LoRAInputs) -> int:
     }[name.partition(".")[0]]
 
 
-def _absolute(inputs: LoRAInputs) -> LoRAInputs:
-    positive = inputs.map(lambda _, t: t.detach().double().abs())
-    return replace(positive, scaling=tuple(map(abs, inputs.scaling)))
-
-
-def _squares_of_lora(inputs: LoRAInputs) -> LoRAInputs:
-    """The call whose results are sums of squares of the terms that pass through the adapters."""
-    base = ("weight", "bias", "lora_bias")
-    squared = inputs.map(lambda name, t: t.detach().double().square() * (not name.startswith(base)))
+def _squares(inputs: LoRAInputs) -> LoRAInputs:
+    """The call whose results are the sums of the squares of the terms that make up the results of ``inputs``."""
+    squared = inputs.map(lambda _, t: t.detach().double().square())
     # The reference divides x² by 1 - p once; its terms want that squared.
     pairs = zip(inputs.scaling, inputs.dropout_p, strict=True)
     return replace(squared, scaling=tuple(s * s * keep_scale(p) for s, p in pairs))
+
+
+def _without_base(inputs: LoRAInputs) -> LoRAInputs:
+    base = ("weight", "bias", "lora_bias")
+    return inputs.map(lambda name, t: t * (not name.startswith(base)))

@@ -50,7 +50,11 @@ class LoRAInputs:
     @property
     def kwargs(self) -> dict[str, Any]:
         """Keyword arguments of `functional.lora_linear`."""
-        return {"lora_bias": self.lora_bias, "dropout_p": self.dropout_p, "training": any(self.dropout_p)}
+        return {
+            "lora_bias": self.lora_bias,
+            "dropout_p": self.dropout_p,
+            "training": any(self.dropout_p),
+        }
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor argument as (name, tensor); members of a sequence are called ``lora_a.0``."""
@@ -108,7 +112,9 @@ class Case:
         """The rank of each adapter."""
         return tuple(adapter.rank for adapter in self.adapters)
 
-    def make(self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> LoRAInputs:
+    def make(
+        self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
+    ) -> LoRAInputs:
         """Draw the tensors; the same seed draws the same numbers on every device."""
         generator = torch.Generator().manual_seed(seed)
 
@@ -189,7 +195,9 @@ SHAPES = (
     Case("whole_tiles", (64,), 128, 192, _adapters(16)),
     Case("many_tokens", (515,), 40, 56, _adapters(8)),
 )
-RANKS = tuple(Case(f"rank_{rank}", (19,), 72, 56, _adapters(rank)) for rank in (1, 3, 8, 16, 64, 129, 256))
+RANKS = tuple(
+    Case(f"rank_{rank}", (19,), 72, 56, _adapters(rank)) for rank in (1, 3, 8, 16, 64, 129, 256)
+)
 ADAPTERS = (
     Case("no_bias", (6,), 24, 40, bias=False),
     Case("lora_bias", (6,), 24, 40, _adapters(8, bias=True)),
@@ -235,7 +243,9 @@ MIXED_DTYPE = tuple(
     for case in (*SHAPES[3:5], SHAPES[11], ADAPTERS[5], DROPOUT[4])
 )
 # drop(x) Aᵀ passes fp16's 65504 before the scaling and is far below it after.
-FP16_OVERFLOW = Case("near_overflow", (9,), 64, 40, _adapters(8, scaling=2**-8), x_std=64.0, lora_a_std=200.0)
+FP16_OVERFLOW = Case(
+    "near_overflow", (9,), 64, 40, _adapters(8, scaling=2**-8), x_std=64.0, lora_a_std=200.0
+)
 
 CASES = (*SHAPES, *RANKS, *ADAPTERS, *STRIDES, *DROPOUT)
 """What every backend meets in every dtype it serves."""

@@ -74,10 +74,14 @@ def test_trainable_weight_falls_back_and_gets_its_gradient(dtype, device):
     assert_accurate(oracle.run(automatic, inputs, wanted), inputs, keep)
 
 
-@pytest.mark.parametrize("wanted", [("weight",), ("weight", "x"), ("weight", "lora_b.0")], ids="+".join)
+@pytest.mark.parametrize(
+    "wanted", [("weight",), ("weight", "x"), ("weight", "lora_b.0")], ids="+".join
+)
 def test_trainable_weight_among_frozen_adapters(wanted, device):
     inputs = CASE.make(torch.float32, device)
-    results = oracle.run(lambda leaves: PF.lora_linear(*leaves.args, **leaves.kwargs), inputs, wanted)
+    results = oracle.run(
+        lambda leaves: PF.lora_linear(*leaves.args, **leaves.kwargs), inputs, wanted
+    )
     assert_accurate(results, inputs, [None])
 
 
@@ -89,7 +93,9 @@ def test_parameters_accumulate_over_two_backwards(backend, device):
     expected = oracle.exact(inputs, [None])
     for name, tensor in leaves.named_tensors():
         if name in NAMES:
-            torch.testing.assert_close(tensor.grad.reshape(expected[name].shape), 2 * expected[name])
+            torch.testing.assert_close(
+                tensor.grad.reshape(expected[name].shape), 2 * expected[name]
+            )
 
 
 def test_backward_twice_through_one_graph(backend, device):

@@ -28,7 +28,9 @@ def saved_by(call):
 def test_nothing_new_but_s_and_the_seed(trained, x_layout, dropout_p, dtype, backend, device):
     adapters = tuple(Adapter(rank, dropout_p=dropout_p) for rank in RANKS)
     inputs = Case("", (2, 5), 24, 40, adapters, x_layout=x_layout).make(dtype, device)
-    leaves = inputs.map(lambda name, t: t.detach().requires_grad_(name.partition(".")[0] in trained))
+    leaves = inputs.map(
+        lambda name, t: t.detach().requires_grad_(name.partition(".")[0] in trained)
+    )
     _, saved = saved_by(lambda: backend(leaves))
 
     arguments = {t.data_ptr(): name for name, t in leaves.named_tensors()}

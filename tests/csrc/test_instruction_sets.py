@@ -13,7 +13,13 @@ from pelt_fast.testing.workloads import CASES, FP16_OVERFLOW, MIXED_DTYPE, Adapt
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Sizes at, just below and just past what vectors, tiles and blocks hold.
 EDGES = [
-    Case(f"edge_{tokens}x{n_in}x{n_out}_r{rank}", (tokens,), n_in, n_out, (Adapter(rank, dropout_p=p),))
+    Case(
+        f"edge_{tokens}x{n_in}x{n_out}_r{rank}",
+        (tokens,),
+        n_in,
+        n_out,
+        (Adapter(rank, dropout_p=p),),
+    )
     for tokens, n_in, n_out, rank, p in [
         (95, 255, 511, 15, 0.0),
         (97, 257, 513, 17, 0.1),
@@ -23,7 +29,9 @@ EDGES = [
         (193, 16, 17, 1, 0.1),
     ]
 ]
-PLAIN = [c for c in CASES if c.name in ("odd", "past_one_tile", "rank_129", "three_adapters", "dropout")]
+PLAIN = [
+    c for c in CASES if c.name in ("odd", "past_one_tile", "rank_129", "three_adapters", "dropout")
+]
 
 
 def run(inputs, seed=0):

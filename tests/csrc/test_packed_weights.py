@@ -4,7 +4,7 @@ import gc
 import os
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -33,7 +33,8 @@ def cpp_is_right(inputs):
         (dx,) = torch.autograd.grad(y, x, inputs.dy)
         outcome.append((y, dx))
     return all(
-        torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4) for ours, theirs in zip(*outcome, strict=True)
+        torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+        for ours, theirs in zip(*outcome, strict=True)
     )
 
 
@@ -236,19 +237,8 @@ def test_many_threads_call_at_once(cpp):
     """With a cache too small for all, so that packs are made and dropped under each other's feet."""
     cpp.set_packed_limit(3 * 260 * 392 * 4)
     inputs = [Case("", (9,), 260, 392).make(torch.float32, seed=seed) for seed in range(4)]
-    wrong = []
-
-    def work(first):
-        for i in range(12):
-            if not cpp_is_right(inputs[(first + i) % 4]):
-                wrong.append((first, i))
-
-    threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda i: cpp_is_right(inputs[i % 4]), range(48)))
 
 
 FORK = """
@@ -272,6 +262,10 @@ print("fine")
 def test_forked_child_computes(cpp):
     """As a data loader's workers are made."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORK], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-W", "ignore", "-c", FORK],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.stdout.strip() == "fine", done.stderr

@@ -58,5 +58,7 @@ def test_variable_reaches_a_call():
         "print(pelt_fast.explain('lora_linear', t(3, 8), t(6, 8), None, t(2, 8), t(6, 2), 1.0).backends)"
     )
     environ = {**os.environ, "PELT_FAST_BACKEND": "reference"}
-    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "('reference', 'reference')"

@@ -157,7 +157,9 @@ def test_automatic_falls_back_and_logs_each_reason_once(inputs, as_cpp, caplog):
         torch.testing.assert_close(
             PF.lora_linear(*shape.args), PF.lora_linear(*shape.args, backend="torch")
         )
-    messages = [record.getMessage() for record in caplog.records if "too small" in record.getMessage()]
+    messages = [
+        record.getMessage() for record in caplog.records if "too small" in record.getMessage()
+    ]
     assert len(messages) == 1
     assert "lora_linear_fwd" in messages[0]
     assert "cpp" in messages[0]
@@ -242,9 +244,9 @@ def test_explain_counts_tokens_of_every_dimension(inputs):
 
 @pytest.mark.parametrize("name", ["cudnn", "", "Torch"])
 def test_unknown_names_are_refused_at_once(name, inputs):
-    with pytest.raises(ValueError, match="auto.*torch.*cpp"), pelt_fast.use_backend(name):
+    with pytest.raises(ValueError, match=r"auto.*torch.*cpp"), pelt_fast.use_backend(name):
         pass
-    with pytest.raises(ValueError, match="auto.*torch.*cpp"):
+    with pytest.raises(ValueError, match=r"auto.*torch.*cpp"):
         PF.lora_linear(*inputs.args, backend=name)
 
 

@@ -85,7 +85,10 @@ def test_checkpoint_under_autocast(backend, device):
     leaves = inputs.map(lambda name, t: t.detach().requires_grad_(name.startswith(("x", "lora"))))
     sources = (leaves.x, *leaves.lora_a, *leaves.lora_b)
     gradients = []
-    for wrap in (lambda f, x: f(x), lambda f, x: torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False)):
+    for wrap in (
+        lambda f, x: f(x),
+        lambda f, x: torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False),
+    ):
         torch.manual_seed(4)
         with torch.autocast(device, torch.bfloat16):
             y = wrap(lambda x: backend(replace(leaves, x=x)), leaves.x)
@@ -96,7 +99,9 @@ def test_checkpoint_under_autocast(backend, device):
 def test_wrong_dtype_outside_is_right_inside(device):
     inputs = CASE.make(torch.float32, device)
     wrong = replace(inputs, weight=inputs.weight.to(torch.bfloat16))
-    with pytest.raises(TypeError, match="weight has dtype torch.bfloat16; expected torch.float32"):
+    with pytest.raises(
+        TypeError, match=r"weight has dtype torch\.bfloat16; expected torch\.float32"
+    ):
         PF.lora_linear(*wrong.args)
     with torch.autocast(device, torch.bfloat16):
         assert PF.lora_linear(*wrong.args).dtype == torch.bfloat16

@@ -17,7 +17,15 @@ def drop_ones(backend, tokens, features, p, device):
     eye = torch.eye(features, device=device)
     x = torch.ones(tokens, features, device=device)
     return PF.lora_linear(
-        x, torch.zeros_like(eye), None, eye, eye, 1.0, dropout_p=p, training=True, backend=backend.name
+        x,
+        torch.zeros_like(eye),
+        None,
+        eye,
+        eye,
+        1.0,
+        dropout_p=p,
+        training=True,
+        backend=backend.name,
     )
 
 

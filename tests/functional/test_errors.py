@@ -130,7 +130,9 @@ def test_fp32_adapters_want_a_half_precision_base():
     half["lora_a"] = half["lora_a"].float()
     assert PF.lora_linear(**half).dtype == torch.float16
     half["lora_a"] = half["lora_a"].bfloat16()
-    with pytest.raises(TypeError, match=r"lora_a has dtype torch.bfloat16; expected torch.float16.*float32"):
+    with pytest.raises(
+        TypeError, match=r"lora_a has dtype torch.bfloat16; expected torch.float16.*float32"
+    ):
         PF.lora_linear(**half)
 
 

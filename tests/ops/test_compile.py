@@ -29,7 +29,10 @@ def compiled_layer(backend, compiler):
 
     def plain(inputs: LoRAInputs):
         y = PF.lora_linear(
-            inputs.x * 2, *inputs.args[1:], **{**inputs.kwargs, "training": True}, backend=backend.name
+            inputs.x * 2,
+            *inputs.args[1:],
+            **{**inputs.kwargs, "training": True},
+            backend=backend.name,
         )
         return torch.relu(y)
 

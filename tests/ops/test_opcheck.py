@@ -1,4 +1,4 @@
-"""`torch.library.opcheck` on every schema with every pattern of optional arguments, and the fakes against the real thing."""
+"""`torch.library.opcheck` with every pattern of optional arguments, and the fakes against the real thing."""
 
 from itertools import product
 
@@ -93,7 +93,9 @@ def test_fakes_promise_what_the_operators_give(shape, x_layout, dtype, backend, 
     backward = backward_arguments(inputs, backend, True, True, True)
     for operator, arguments in ((lora_linear_fwd, forward), (lora_linear_bwd, backward)):
         with FakeTensorMode() as mode:
-            fake = operator(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments))
+            fake = operator(
+                *torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
+            )
         real = operator(*arguments)
         flat_fake, flat_real = (torch.utils._pytree.tree_leaves(t) for t in (fake, real))
         for promised, given in zip(flat_fake, flat_real, strict=True):

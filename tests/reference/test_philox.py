@@ -44,7 +44,9 @@ def test_words_at_counter_zero_and_seed_zero_are_the_published_ones():
     assert tuple(words[0].tolist()) == KNOWN_ANSWERS[0][2]
 
 
-@pytest.mark.parametrize("seed", [0, 1, M32, 1 << 32, 0x299F31D0A4093822, 2**63 - 1, 2**63, 2**64 - 1])
+@pytest.mark.parametrize(
+    "seed", [0, 1, M32, 1 << 32, 0x299F31D0A4093822, 2**63 - 1, 2**63, 2**64 - 1]
+)
 @pytest.mark.parametrize("stream", [0, 1, 7])
 def test_words_are_philox_of_64_bit_counters_and_seeds(seed, stream):
     counters = [0, 1, 2, M32, 1 << 32, (1 << 32) + 5, (1 << 61) + 12345]
@@ -112,7 +114,10 @@ def test_neighbouring_elements_are_independent(lag):
 
 def test_adapters_and_seeds_draw_independent_masks():
     first = philox_mask(torch.tensor([1]), (100, 100), 0.5, 0)
-    for other in (philox_mask(torch.tensor([1]), (100, 100), 0.5, 1), philox_mask(torch.tensor([2]), (100, 100), 0.5, 0)):
+    for other in (
+        philox_mask(torch.tensor([1]), (100, 100), 0.5, 1),
+        philox_mask(torch.tensor([2]), (100, 100), 0.5, 0),
+    ):
         agreements = (first == other).sum().item()
         assert abs(agreements - 5000) < 5 * 50
 

@@ -19,7 +19,9 @@ def tensors(dtype, *values):
 
 
 def call(x, w, bias, a, b, scaling, lora_bias=None, p=0.0, keep=None):
-    return lora_linear(x, w, bias, [a], [b], [scaling], lora_bias=[lora_bias], dropout_p=[p], keep=[keep])
+    return lora_linear(
+        x, w, bias, [a], [b], [scaling], lora_bias=[lora_bias], dropout_p=[p], keep=[keep]
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -47,7 +49,9 @@ def test_dropout_keeps_and_rescales(dtype):
 
 def test_dropout_of_everything_leaves_the_base_product():
     keep = torch.zeros(2, 2, dtype=torch.bool)
-    y = call(*tensors(torch.float64, X, W), None, *tensors(torch.float64, A, B), 0.5, p=1.0, keep=keep)
+    y = call(
+        *tensors(torch.float64, X, W), None, *tensors(torch.float64, A, B), 0.5, p=1.0, keep=keep
+    )
     assert y.tolist() == [[5.0, 11.0], [1.0, 1.0]]
 
 
@@ -55,7 +59,15 @@ def test_adapters_are_summed_each_with_its_own_scaling():
     x, w, a, b = tensors(torch.float64, X, W, A, B)
     a2, b2 = tensors(torch.float64, [[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]])
     y = lora_linear(
-        x, w, None, [a, a2], [b, b2], [0.5, -3.0], lora_bias=[None, None], dropout_p=[0.0, 0.0], keep=[None, None]
+        x,
+        w,
+        None,
+        [a, a2],
+        [b, b2],
+        [0.5, -3.0],
+        lora_bias=[None, None],
+        dropout_p=[0.0, 0.0],
+        keep=[None, None],
     )
     # the second adapter adds -3 x
     assert y.tolist() == [[5.0, 3.5], [4.0, -2.0]]
