@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/native/CPUBlas.h>
+#include <c10/util/bit_cast.h>
 
 #include <cstdlib>
 #include <memory>
@@ -71,7 +72,8 @@ struct WideEngine {
   using T = T_;
   using A = Acc<T>;
   using Operand = A;
-  static constexpr int64_t kBlockRows = 96, kBlockK = 256, kBlockColumns = 512, kRowUnit = 6;
+  // a left tile of 192 × 384 and a product tile of 192 × 256 share a level-2 cache; a strip of W stays in level 1
+  static constexpr int64_t kBlockRows = 192, kBlockK = 384, kBlockColumns = 256, kRowUnit = 6;
 
   const Kernels<T>& kernels;
   int64_t lanes() const { return kernels.lanes; }      // unit of a padded rank
@@ -103,17 +105,8 @@ struct WideEngine {
     kernels.gemm_wide(r, round_up(n, lanes()), m, p, ldp, q.data, q.stride, c, ldc, true);
   }
 
+  void operand(int64_t n, const T* values, Operand* out) const { kernels.widen(n, n, values, nullptr, 0, out); }
   void finish() const {}
-  static T rounded(const Kernels<T>& kernels, A value) {
-    T out;
-    kernels.narrow(1, &value, nullptr, &out);
-    return out;
-  }
-  Operand operand(T value) const {
-    A out;
-    kernels.widen(1, 1, &value, nullptr, 0, &out);
-    return out;
-  }
 };
 
 // bf16 on AMX tiles.
@@ -125,6 +118,7 @@ struct AmxEngine {
   static constexpr int64_t kBlockRows = 256, kBlockK = 256, kBlockColumns = 256, kRowUnit = 32, kTileRows = 64;
 
   const Kernels<BF16>& kernels;
+  const bool emulated; // plain products instead of brgemm's
   int64_t lanes() const { return 16; }
   int64_t strip() const { return 64; }
 
@@ -168,18 +162,26 @@ struct AmxEngine {
       gemm(r, std::min<int64_t>(64, round_up(n - j, 16)), round_up(m, 2), {p, ldp}, q.data + 2 * j, q.stride, c + j, ldc, true);
   }
 
-  void finish() const { at::native::cpublas::brgemm_release(); }
-  static T rounded(const Kernels<T>& kernels, A value) {
-    T out;
-    kernels.narrow(1, &value, nullptr, &out);
-    return out;
+  void operand(int64_t n, const T* values, Operand* out) const { std::copy_n(values, n, out); }
+  void finish() const {
+    if (!emulated) at::native::cpublas::brgemm_release();
   }
-  Operand operand(T value) const { return value; }
 
  private:
-  static void brgemm(int64_t m, int64_t n, int64_t k, const BF16* a, int64_t lda, const BF16* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  void brgemm(int64_t m, int64_t n, int64_t k, const BF16* a, int64_t lda, const BF16* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) const {
+    if (emulated) return plain(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
     at::native::cpublas::brgemm(
         m, n, k, lda, ldb, ldc, accumulate, reinterpret_cast<const at::BFloat16*>(a), reinterpret_cast<const at::BFloat16*>(b), c, true);
+  }
+
+  static void plain(int64_t m, int64_t n, int64_t k, const BF16* a, int64_t lda, const BF16* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+    auto wide = [](BF16 v) { return c10::bit_cast<float>(uint32_t(v.bits) << 16); };
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < n; ++j) {
+        float sum = accumulate ? c[i * ldc + j] : 0.0f;
+        for (int64_t p = 0; p < k; ++p) sum += wide(a[i * lda + p]) * wide(b[p / 2 * 2 * ldb + 2 * j + p % 2]);
+        c[i * ldc + j] = sum;
+      }
   }
 };
 
@@ -210,7 +212,7 @@ void with_engine(at::ScalarType dtype, const Body& body) {
     case at::kHalf:
       return body(WideEngine<F16>{current_kernels<F16>()});
     case at::kBFloat16:
-      if (current_isa() == Isa::kAmx) return body(AmxEngine{current_kernels<BF16>()});
+      if (current_isa() >= Isa::kAmx) return body(AmxEngine{current_kernels<BF16>(), current_isa() == Isa::kAmxEmulated});
       return body(WideEngine<BF16>{current_kernels<BF16>()});
     default:
       TORCH_CHECK_TYPE(false, "x has dtype ", dtype, "; expected float32, bfloat16, float16 or float64");

@@ -8,7 +8,7 @@
 namespace pelt_fast {
 namespace {
 
-constexpr const char* kNames[] = {"default", "avx2", "avx512", "amx"};
+constexpr const char* kNames[] = {"default", "avx2", "avx512", "amx", "amx_emulated"};
 
 Isa best() {
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -45,8 +45,8 @@ std::vector<std::string> available_isas() {
 }
 
 void set_isa(const std::string& name) {
-  for (int i = 0; i <= static_cast<int>(best()); ++i) {
-    if (name == kNames[i]) {
+  for (int i = 0; i <= static_cast<int>(Isa::kAmxEmulated); ++i) {
+    if (name == kNames[i] && (i <= static_cast<int>(best()) || i == static_cast<int>(Isa::kAmxEmulated))) {
       asked.store(i, std::memory_order_relaxed);
       return;
     }

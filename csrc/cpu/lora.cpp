@@ -112,17 +112,24 @@ struct Pass {
   const T* p = nullptr;
   int64_t p_rank = 0;
 
-  // c (r, row count) = pᵀ of rows [begin, end), padded with zeros to an even count; plus a row of ones if r > rank
-  template <class Get>
-  Tile<O> transposed(int64_t m, int64_t rank, int64_t r, const Get& get) const {
-    const int64_t ld = round_up(m, 2);
-    O* out = workspace().transposed.template get<O>(r * ld);
-    std::fill_n(out, r * ld, O{});
-    for (int64_t i = 0; i < m; ++i)
-      for (int64_t j = 0; j < rank; ++j) out[j * ld + i] = get(i, j);
-    const O one = engine.operand(E::rounded(engine.kernels, A(1)));
-    if (r > rank) std::fill_n(out + rank * ld, m, one);
-    return {out, ld};
+  // p (m, rank) of stride ld -> (r, m), m padded with a zero to an even count; one more row, of ones, where r > rank.
+  Tile<O> transposed(int64_t m, int64_t rank, int64_t r, const O* p, int64_t ld) const {
+    const int64_t padded = round_up(m, 2);
+    O* out = workspace().transposed.template get<O>(r * padded);
+    for (int64_t j = 0; j < rank; ++j) {
+      for (int64_t i = 0; i < m; ++i) out[j * padded + i] = p[i * ld + j];
+      if (padded > m) out[j * padded + m] = O{};
+    }
+    if (r > rank) {
+      const A one_wide = 1;
+      T one;
+      O operand;
+      engine.kernels.narrow(1, &one_wide, nullptr, &one);
+      engine.operand(1, &one, &operand);
+      std::fill_n(out + rank * padded, m, operand);
+      if (padded > m) out[rank * padded + m] = O{};
+    }
+    return {out, padded};
   }
 
   // Rows [begin, end), strips [strip0, strip1). first: this call shrinks and reduces too.
@@ -131,8 +138,12 @@ struct Pass {
     const int64_t m = end - begin, width = engine.strip();
     const int64_t strips_at_once = E::kBlockColumns / width;
     A* s_tile = first ? w.shrunk.template get<A>(m * adapters.padded) : nullptr;
-    Tile<O> ones{};
-    if (first && sums) ones = transposed(m, p_rank, sums->r, [&](int64_t i, int64_t j) { return engine.operand(p[(begin + i) * p_rank + j]); });
+    Tile<O> p_columns{};
+    if (first && sums) {
+      O* rows_of_p = w.delta.template get<O>(m * p_rank);
+      engine.operand(m * p_rank, p + begin * p_rank, rows_of_p);
+      p_columns = transposed(m, p_rank, sums->r, rows_of_p, p_rank);
+    }
     do {
       const int64_t stop = std::min(strip1, strip0 + strips_at_once), columns = (stop - strip0) * width;
       A* c = columns ? w.product.template get<A>(m * columns) : nullptr;
@@ -152,7 +163,7 @@ struct Pass {
         }
         if (sums) {
           const Tile<O> q = E::kLeftIsRight ? tile : engine.right(m, kc, from, stride, Mask{}, 0, 0, w.right, w.random);
-          engine.outer(sums->r, kc, m, ones.data, ones.stride, q, sums->of(chunk) + k0, sums->ld);
+          engine.outer(sums->r, kc, m, p_columns.data, p_columns.stride, q, sums->of(chunk) + k0, sums->ld);
         }
       }
       if (first && shrinks) finish_shrink(begin, m, s_tile);
@@ -167,17 +178,18 @@ struct Pass {
   }
 
  private:
-  void finish_shrink(int64_t begin, int64_t m, const A* s_tile) const {
-    for (int64_t i = 0; i < m; ++i) {
-      for (const Adapter& a : adapters.each) {
-        const A* from = s_tile + i * adapters.padded + a.padded_offset;
-        O* to = shrunk + (begin + i) * adapters.padded + a.padded_offset;
+  void finish_shrink(int64_t begin, int64_t m, A* s_tile) const {
+    T* row = workspace().random.template get<T>(adapters.padded);
+    for (int64_t i = 0; i < m; ++i, s_tile += adapters.padded) {
+      for (const Adapter& a : adapters.each)
         for (int64_t j = 0; j < a.padded; ++j) {
-          const T value = E::rounded(engine.kernels, j < a.rank ? from[j] * A(a.shrink_scale) : A(0));
-          to[j] = engine.operand(value);
-          if (s && j < a.rank) s[(begin + i) * adapters.rank + a.offset + j] = value;
+          A& value = s_tile[a.padded_offset + j];
+          value = j < a.rank ? value * A(a.shrink_scale) : A(0); // an infinite x made the padding nan
         }
-      }
+      engine.kernels.narrow(adapters.padded, s_tile, nullptr, row);
+      engine.operand(adapters.padded, row, shrunk + (begin + i) * adapters.padded);
+      for (const Adapter& a : adapters.each)
+        if (s) std::copy_n(row + a.padded_offset, a.rank, s + (begin + i) * adapters.rank + a.offset);
     }
   }
 
@@ -397,7 +409,7 @@ LoRAGradients lora_linear_bwd(
       if (!over_x.r) return;
       Workspace& w = workspace();
       const int64_t m = end - begin;
-      const Tile<O> ds = pass.transposed(m, adapters.padded, adapters.padded, [&](int64_t i, int64_t j) { return pass.shrunk[(begin + i) * adapters.padded + j]; });
+const Tile<O> ds = pass.transposed(m, adapters.padded, adapters.padded, pass.shrunk + begin * adapters.padded, adapters.padded);
       for (int64_t k0 = 0; k0 < in_features; k0 += E::kBlockK) {
         const int64_t kc = std::min(in_features - k0, E::kBlockK);
         const T* from = data<T>(*x) + begin * x->stride(0) + k0;

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <list>
 #include <mutex>
+#include <numeric>
 #include <unordered_map>
 
 namespace pelt_fast {
@@ -59,33 +60,30 @@ std::shared_ptr<const Packed> make(const at::Tensor& source, at::ScalarType dtyp
   return pack;
 }
 
-// What the contents look like: every row and column position of a small tensor, a spread sample of a large one.
+// What the contents look like: all bytes of a small tensor; of a large one a walk that meets every row and every column.
+// It finds what the version counter does not see: changes through .data or through memory shared with NumPy. A change of
+// a few elements of a large weight on that road can escape it.
 uint64_t fingerprint(const at::Tensor& t) {
-  constexpr int64_t kWhole = 1 << 16, kSample = 512;
+  constexpr int64_t kWhole = 1 << 16;
   const auto* bytes = static_cast<const char*>(t.const_data_ptr());
-  const int64_t width = t.element_size();
+  const int64_t width = t.element_size(), rows = t.size(0), columns = t.size(1), count = rows * columns;
   uint64_t hash = 0x9E3779B97F4A7C15ull;
-  auto mix = [&](uint64_t word) { hash = (hash ^ word) * 0xD6E8FEB86659FD93ull, hash ^= hash >> 32; };
-  auto one = [&](int64_t element) {
+  auto mix = [&](const char* from, int64_t size) {
     uint64_t word = 0;
-    std::memcpy(&word, bytes + element * width, size_t(width));
-    mix(word);
+    std::memcpy(&word, from, size_t(size));
+    hash = (hash ^ word) * 0xD6E8FEB86659FD93ull;
+    hash ^= hash >> 32;
   };
-  const int64_t rows = t.size(0), columns = t.size(1), count = rows * columns;
   if (count * width <= kWhole && t.is_non_overlapping_and_dense()) {
-    int64_t i = 0;
-    for (; i + 8 <= count * width; i += 8) {
-      uint64_t word;
-      std::memcpy(&word, bytes + i, 8);
-      mix(word);
-    }
-    for (; i < count * width; ++i) mix(uint64_t(uint8_t(bytes[i])));
+    for (int64_t i = 0; i < count * width; i += 8) mix(bytes + i, std::min<int64_t>(8, count * width - i));
     return hash;
   }
-  for (int64_t s = 0; s < kSample; ++s) {
-    // a low-discrepancy walk over all elements
-    const int64_t at = int64_t((uint64_t(s) * 0x9E3779B97F4A7C15ull >> 11) % uint64_t(count));
-    one(at / columns * t.stride(0) + at % columns * t.stride(1));
+  int64_t step = columns * 5 / 8 | 1; // far from its neighbour, and coprime so that every column comes up
+  while (std::gcd(step, columns) != 1) ++step;
+  const int64_t samples = std::max(rows, columns);
+  for (int64_t i = 0; i < samples; ++i) {
+    const int64_t at = i % rows * t.stride(0) + i * step % columns * t.stride(1);
+    mix(bytes + at * width, width);
   }
   return hash;
 }
