@@ -6,7 +6,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -103,14 +102,24 @@ def _finetune(
     for plan in plans(device, budget_s, full):
         with _progress(console) as progress:
             task = progress.add_task(f"fine-tune {plan.dtype}", total=1.0)
-            one = finetune(plan, device, partial(_tell, progress, task))
+            one = finetune(plan, device, _Teller(progress, task))
         found.append(one)
         console.print(f"fine-tune in {plan.dtype}\n{one.replaced}", style="dim", highlight=False)
     return found
 
 
-def _tell(progress: Progress, task: TaskID, text: str, done: float) -> None:
-    progress.update(task, description=text, completed=done)
+class _Teller:
+    """Moves a progress bar; where there is no terminal to draw it, prints a line now and then."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task, self._last = progress, task, 0.0
+
+    def __call__(self, text: str, done: float) -> None:
+        self._progress.update(self._task, description=text, completed=done)
+        console = self._progress.console
+        if not console.is_terminal and time.monotonic() - self._last > 10:
+            self._last = time.monotonic()
+            console.print(text, highlight=False, markup=False)
 
 
 def _table(

@@ -14,8 +14,9 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -32,6 +33,8 @@ from .timing import Overhead, Stat, overhead
 KINDS = ("eager", "accelerated", "frozen")
 TARGETS = ["query", "key", "value", "dense"]
 WARM_UP_STEPS = 3
+MIN_STEPS = 50
+"""Fewer teach nothing; a plan with fewer is there for its step times."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Plan:
     @property
     def trains(self) -> bool:
         """Whether it runs long enough to learn; else only its step times mean something."""
-        return self.steps >= 50
+        return self.steps >= MIN_STEPS
 
 
 @dataclass
@@ -123,6 +126,8 @@ def finetune(plan: Plan, device: torch.device, tell: Tell = lambda text, done: N
     started = time.monotonic()
     train, held_out = data.load_reviews(train=6000, held_out=plan.held_out, length=plan.length)
     runs = {kind: Run() for kind in KINDS}
+    tell(f"{plan.dtype}: loading, warming up", 0.0)
+    plan = _prepare(plan, train, runs, device)
     replaced = ""
     longest = 0.0
     for seed in range(plan.max_seeds):
@@ -132,37 +137,53 @@ def finetune(plan: Plan, device: torch.device, tell: Tell = lambda text, done: N
         kinds = KINDS if seed == 0 else KINDS[:2]
         trainees = {kind: Trainee(kind, plan, seed, device) for kind in kinds}
         replaced = replaced or trainees["accelerated"].report
+        for kind in kinds:
+            runs[kind].losses.append([])
         for step, batch in enumerate(_batches(train, plan, seed, device)):
-            if seed == 0 and step == WARM_UP_STEPS:
-                _watch_memory(trainees, batch, runs, device)
-            order = kinds if step % 2 == 0 else kinds[::-1]
-            for kind in order:
-                model_s, step_s, loss = trainees[kind].step(
-                    batch, random_seed=seed * 100_003 + step
-                )
-                if step == 0:
-                    runs[kind].losses.append([])
-                runs[kind].losses[-1].append(loss)
+            for kind in kinds if step % 2 == 0 else kinds[::-1]:
+                seconds = trainees[kind].step(batch, random_seed=seed * 100_003 + step)
+                runs[kind].losses[-1].append(seconds.loss)
                 if seed == 0 and step >= WARM_UP_STEPS:
-                    runs[kind].model_s.append(model_s)
-                    runs[kind].step_s.append(step_s)
-            loss_now = ", ".join(f"{kind} {runs[kind].losses[-1][-1]:.3f}" for kind in kinds)
-            tell(
-                f"{plan.dtype} seed {seed} step {step + 1}/{plan.steps}: loss {loss_now}",
-                (step + 1) / plan.steps,
-            )
-            if (
-                step >= 2 * WARM_UP_STEPS
-                and not plan.trains
-                and time.monotonic() - started > plan.budget_s
-            ):
-                break
+                    runs[kind].model_s.append(seconds.model)
+                    runs[kind].step_s.append(seconds.step)
+            now = ", ".join(f"{kind} {runs[kind].losses[-1][-1]:.3f}" for kind in kinds)
+            done = (step + 1) / plan.steps
+            tell(f"{plan.dtype} seed {seed} step {step + 1}/{plan.steps}: loss {now}", done)
         if plan.trains:
             for kind in kinds:
                 tell(f"{plan.dtype} seed {seed}: held-out accuracy, {kind}", 1.0)
                 runs[kind].accuracy.append(trainees[kind].accuracy(held_out))
         longest = max(longest, time.monotonic() - begun)
     return FineTune(plan, runs, replaced)
+
+
+def _prepare(plan: Plan, train: data.Split, runs: dict[str, Run], device: torch.device) -> Plan:
+    """Watches memory, which also warms up, and fits the number of steps to the budget."""
+    trainees = {kind: Trainee(kind, plan, 0, device) for kind in KINDS}
+    batch = train.batch(torch.arange(plan.batch), device)
+    for kind, trainee in trainees.items():
+        trainee.forward_backward(batch)
+        known = [*trainee.model.parameters(), *trainee.model.buffers(), *batch.values()]
+        run = runs[kind]
+        run.saved_bytes = memory.saved_bytes(partial(trainee.loss, batch, 0), known)
+        run.peak_bytes = memory.peak_bytes(partial(trainee.forward_backward, batch), device)
+    if not plan.trains:
+        return plan
+    started = time.monotonic()
+    for trainee in trainees.values():
+        trainee.forward_backward(batch)
+    one_round = time.monotonic() - started
+    # the first seed may take 60 %: a second one, without the frozen model, takes the rest
+    fitting = int(0.6 * plan.budget_s / one_round)
+    return replace(plan, steps=max(MIN_STEPS, min(plan.steps, fitting)))
+
+
+class Seconds(NamedTuple):
+    """One step: forward and backward; with the optimizer; and the loss that it had."""
+
+    model: float
+    step: float
+    loss: float
 
 
 class Trainee:
@@ -191,8 +212,7 @@ class Trainee:
         torch.manual_seed(random_seed)  # the same dropout in every kind
         return self.model(**batch).loss
 
-    def step(self, batch: dict[str, Tensor], random_seed: int) -> tuple[float, float, float]:
-        """Seconds of forward and backward, seconds of the whole step, and the loss."""
+    def step(self, batch: dict[str, Tensor], random_seed: int) -> Seconds:
         start = self._now()
         loss = self.loss(batch, random_seed)
         loss.backward()
@@ -200,7 +220,7 @@ class Trainee:
         self._optimizer.step()
         self._schedule.step()
         self._optimizer.zero_grad()
-        return middle - start, self._now() - start, loss.item()
+        return Seconds(middle - start, self._now() - start, loss.item())
 
     @torch.no_grad()
     def accuracy(self, split: data.Split, batch: int = 64) -> float:
@@ -276,20 +296,6 @@ def _batches(
     for step in range(plan.steps):
         start = step * plan.batch % (len(split) - plan.batch + 1)
         yield split.batch(order[start : start + plan.batch], device)
-
-
-def _watch_memory(
-    trainees: dict[str, Trainee],
-    batch: dict[str, Tensor],
-    runs: dict[str, Run],
-    device: torch.device,
-) -> None:
-    for kind, trainee in trainees.items():
-        known = [*trainee.model.parameters(), *trainee.model.buffers(), *batch.values()]
-        runs[kind].saved_bytes = memory.saved_bytes(lambda t=trainee: t.loss(batch, 0), known)
-        runs[kind].peak_bytes = memory.peak_bytes(
-            lambda t=trainee: t.forward_backward(batch), device
-        )
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float]:

@@ -76,12 +76,13 @@ def measure(
     case: Case, device: torch.device, limits: Limits, names: Sequence[str] = contenders.NAMES
 ) -> Row:
     row = Row(case)
-    estimate = estimate_round_s(case, device, len(names))
-    if estimate > limits.round_s:
-        row.not_run = f"estimated {estimate:.0f} s for each round of all contenders"
-        return row
     drawn = contenders.draw(case, device)
     built = _build(row, drawn, names)
+    estimate = estimate_round_s(case, device, len(built))
+    if estimate > limits.round_s:
+        row.not_run = f"estimated {estimate:.0f} s for each round of {len(built)} contenders"
+        row.entries.clear()
+        return row
     _check(row, built, drawn)
     _watch_memory(row, built, device)
     _time(row, built, device, limits)

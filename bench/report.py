@@ -81,15 +81,7 @@ def tables(results: Results) -> list[TextTable]:
 def headlines(results: Results) -> list[str]:
     """The overhead in a sentence per dtype, wins and losses."""
     lines = []
-    for one in results["finetune"]:
-        overhead = one["overhead"]
-        if overhead:
-            gone = 100 * (1 - overhead["value"])
-            lines.append(
-                f"MiniLM fine-tune in {one['plan']['dtype']}: {gone:.0f} % of PEFT's overhead over "
-                "the frozen model's step is gone"
-                + (" (a few tiny steps only)." if not one["trained"] else ".")
-            )
+    lines += [_finetune_headline(one) for one in results["finetune"]]
     for dtype in dict.fromkeys(row["dtype"] for row in run_rows(results)):
         means = [
             f"{mean:+.2f} {FORMS[form]}" for form, mean in mean_overheads(results, dtype).items()
@@ -100,6 +92,17 @@ def headlines(results: Results) -> list[str]:
     if compared:
         lines.append(f"Slower than PEFT in {lost} of {compared} comparisons (marked {LOST}).")
     return lines
+
+
+def _finetune_headline(one: dict[str, Any]) -> str:
+    eager, ours = (one["runs"][kind]["model_ms"]["median"] for kind in ("eager", "accelerated"))
+    text = f"MiniLM fine-tune in {one['plan']['dtype']}: a step takes {ours / eager:.2f} × PEFT's"
+    if not one["trained"]:
+        return text + " (a few tiny steps only)."
+    if one["overhead"]:
+        overhead = one["overhead"]["value"]
+        text += f", PELT overhead {overhead:+.2f}: {100 * (1 - overhead):.0f} % of PEFT's is gone"
+    return text + "."
 
 
 def mean_overheads(results: Results, dtype: str) -> dict[str, float]:
