@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..random import philox_mask
+from ..random import new_seed, philox_mask
 from .workloads import LoRAInputs
 
 Results = dict[str, Tensor]
@@ -60,6 +60,19 @@ def run(
         names = [name for name, _ in leaves.named_tensors() if name in wanted]
         results.update(zip(names, torch.autograd.grad(y, sources, inputs.dy), strict=True))
     return results
+
+
+def run_with_masks(
+    function: Callable[[LoRAInputs], Tensor],
+    inputs: LoRAInputs,
+    wanted: Iterable[str] | None = None,
+    seed: int = 0,
+) -> tuple[Results, list[Tensor | None]]:
+    """`run` after ``torch.manual_seed(seed)``, and the dropout masks that ``function`` has drawn."""
+    torch.manual_seed(seed)
+    keep = masks(inputs, new_seed(inputs.x.device))
+    torch.manual_seed(seed)
+    return run(function, inputs, wanted), keep
 
 
 def exact(inputs: LoRAInputs, keep: Masks, wanted: Iterable[str] | None = None) -> Results:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from pelt_fast import functional as PF
-from pelt_fast.random import new_seed
 from pelt_fast.testing import oracle
 from pelt_fast.testing.tolerance import assert_accurate
 from pelt_fast.testing.workloads import Adapter, Case
@@ -67,11 +66,8 @@ def test_trainable_weight_falls_back_and_gets_its_gradient(dtype, device):
     def automatic(leaves):
         return PF.lora_linear(*leaves.args, **leaves.kwargs)
 
-    wanted = ["weight", *oracle.trained(inputs)]
-    torch.manual_seed(0)
-    keep = oracle.masks(inputs, new_seed(inputs.x.device))
-    torch.manual_seed(0)
-    assert_accurate(oracle.run(automatic, inputs, wanted), inputs, keep)
+    results, keep = oracle.run_with_masks(automatic, inputs, ["weight", *oracle.trained(inputs)])
+    assert_accurate(results, inputs, keep)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import torch
 
 from pelt_fast import functional as PF
 from pelt_fast.env import CPU_ISAS
-from pelt_fast.random import new_seed
 from pelt_fast.testing import oracle
 from pelt_fast.testing.tolerance import assert_accurate
 from pelt_fast.testing.workloads import CASES, FP16_OVERFLOW, MIXED_DTYPE, Adapter, Case
@@ -34,14 +33,11 @@ PLAIN = [
 ]
 
 
-def run(inputs, seed=0):
+def run(inputs):
     def call(leaves):
         return PF.lora_linear(*leaves.args, **leaves.kwargs, backend="cpp")
 
-    torch.manual_seed(seed)
-    keep = oracle.masks(inputs, new_seed(inputs.x.device))
-    torch.manual_seed(seed)
-    return oracle.run(call, inputs), keep
+    return oracle.run_with_masks(call, inputs)
 
 
 @pytest.fixture(params=CPU_ISAS)

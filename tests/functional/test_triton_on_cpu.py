@@ -1,0 +1,43 @@
+"""The whole way from `lora_linear` through autograd, operators and dispatch into interpreted Triton kernels.
+
+What the kernels compute, shape by shape, is for `tests/kernels`; here it is that they are called rightly.
+"""
+
+import importlib
+
+import pytest
+import torch
+
+from pelt_fast import functional as PF
+from pelt_fast.env import Env
+from pelt_fast.testing import oracle
+from pelt_fast.testing.tolerance import assert_accurate
+from pelt_fast.testing.workloads import CASES
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    from pelt_fast.backends import triton_
+    from pelt_fast.testing.gpu_free import interpreting
+
+    monkeypatch.setattr(triton_, "env", Env(triton_cpu=True))
+    # that Triton may run on a CPU must not be remembered
+    monkeypatch.setattr(importlib.import_module("pelt_fast.dispatch.select"), "_chosen", {})
+    with interpreting():
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in ("dropout_each_its_own", "x_permuted")], ids=str
+)
+def test_matches_the_oracle(case, dtype, interpreted):
+    inputs = case.make(dtype)
+
+    def call(leaves):
+        return PF.lora_linear(*leaves.args, **leaves.kwargs, backend="triton")
+
+    results, keep = oracle.run_with_masks(call, inputs)
+    assert_accurate(results, inputs, keep)
