@@ -27,7 +27,7 @@ from .measure import Row
 from .results import Results, collect, load, merged, save
 
 BENCH = Path(__file__).resolve().parent
-QUICK_S = {"finetune": 105.0, "table": 160.0}
+QUICK_S = {"finetune": 125.0, "table": 150.0}
 FULL_S = {"finetune": 600.0, "table": 1800.0}
 
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.cases import Case
 from bench.measure import Limits, Row, measure
 
-QUICK_BUDGET_S, FULL_BUDGET_S = 160.0, 1800.0
+QUICK_BUDGET_S, FULL_BUDGET_S = 150.0, 1800.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

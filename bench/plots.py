@@ -54,9 +54,8 @@ def plot_overhead(results: Results, path: Path) -> bool:
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     if not rows:
         return False
-    counts = [
-        sum(row["dtype"] == dtype for row in rows) + 1 for dtype in dtypes
-    ]  # and one for the mean
+    means = {dtype: mean_overheads(results, dtype) for dtype in dtypes}
+    counts = [sum(row["dtype"] == dtype for row in rows) + bool(means[dtype]) for dtype in dtypes]
     height = 1.9 + 0.36 * sum(counts) + 0.45 * (len(dtypes) - 1)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
@@ -67,7 +66,7 @@ def plot_overhead(results: Results, path: Path) -> bool:
                 axis,
                 [row for row in rows if row["dtype"] == dtype],
                 dtype,
-                mean_overheads(results, dtype),
+                means[dtype],
             )
         words = (
             (0.0, "frozen model", INK),
@@ -118,8 +117,11 @@ def _overhead_panel(
     axis: Any, rows: list[dict[str, Any]], dtype: str, means: dict[str, float]
 ) -> None:
     axis.set_xlim(LOW, HIGH)
-    axis.set_ylim(len(rows) + 0.55, -0.55)
-    axis.axhspan(len(rows) - 0.5, len(rows) + 0.55, color=INK, alpha=0.04, lw=0, zorder=0.2)
+    names = [f"{row['tokens']} × {row['in_features']} → {row['out_features']}" for row in rows]
+    if means:
+        names.append("mean, T ≥ 512")
+        axis.axhspan(len(rows) - 0.5, len(rows) + 0.55, color=INK, alpha=0.04, lw=0, zorder=0.2)
+    axis.set_ylim(len(names) - 0.45, -0.55)
     axis.axvspan(LOW, 0, color="#eef7f0", zorder=0)
     axis.axvspan(1, HIGH, color="#fdf1ee", zorder=0)
     axis.axvline(0, color=INK, lw=1.1, zorder=1)
@@ -143,9 +145,9 @@ def _overhead_panel(
             {"value": mean, "low": mean, "high": mean},
             form,
         )
-    names = [f"{row['tokens']} × {row['in_features']} → {row['out_features']}" for row in rows]
-    axis.set_yticks(range(len(rows) + 1), [*names, "mean, T ≥ 512"])
-    axis.get_yticklabels()[-1].set_fontweight("bold")
+    axis.set_yticks(range(len(names)), names)
+    if means:
+        axis.get_yticklabels()[-1].set_fontweight("bold")
     axis.tick_params(length=0)
     axis.spines["left"].set_visible(False)
     axis.set_title(dtype, loc="left", fontsize=10.5, fontweight="bold", pad=5)
@@ -159,6 +161,8 @@ def _dot(axis: Any, y: float, found: dict[str, float], form: str) -> None:
         axis.plot(value, y, MARKERS[form], color=color, ms=6, mec="white", mew=0.8, zorder=3)
         return
     right = value >= HIGH
+    # side by side: at the end of the axis the numbers of one row would stand on each other
+    aside = 9 + 30 * list(FORMS).index(form)
     axis.plot(
         HIGH - 0.02 if right else LOW + 0.02,
         y,
@@ -171,7 +175,7 @@ def _dot(axis: Any, y: float, found: dict[str, float], form: str) -> None:
     axis.annotate(
         f"{value:+.1f}",
         (HIGH if right else LOW, y),
-        (-9 if right else 9, 0),
+        (-aside if right else aside, 0),
         textcoords="offset points",
         ha="right" if right else "left",
         va="center",

@@ -91,6 +91,10 @@ def headlines(results: Results) -> list[str]:
     compared, lost = _comparisons(results)
     if compared:
         lines.append(f"Slower than PEFT in {lost} of {compared} comparisons (marked {LOST}).")
+    errors = [row["contenders"]["ours_base"]["error_ratio"] for row in run_rows(results)]
+    if any(errors):
+        worse = sum(map(_less_exact, errors))
+        lines.append(f"Further from fp64 than PEFT, by the mean, in {worse} of {len(errors)} rows.")
     return lines
 
 
@@ -131,6 +135,9 @@ SHORT = {
     "ours_base": "ours",
     "ours_dropout": "ours drop",
     "ours_fp32": "ours fp32",
+    "ours[torch]": "ours torch",
+    "ours[cpp]": "ours cpp",
+    "ours[triton]": "ours triton",
 }
 
 
@@ -185,9 +192,9 @@ def _train_table(results: Results) -> TextTable:
     table = TextTable(
         "LoRA linear, r = 8, forward + backward (ms, medians)",
         ["T × in → out", "frozen", "PEFT", "ours", "ours / PEFT"]
-        + ["overhead", "p10 to p90", "dropout", "fp32 adapter", "error / PEFT", "ran"]
+        + ["overhead", "p10 to p90", "dropout", "fp32 adapter", "error / PEFT", "max error", "ran"]
         + (["GB/s", "TFLOP/s", "host ms"] if gpu else []),
-        wide=("p10 to p90",),
+        wide=("p10 to p90", "max error"),
     )
     for row in run_rows(results):
         if row["mode"] != "train":
@@ -202,9 +209,8 @@ def _train_table(results: Results) -> TextTable:
             _interval_cell(row, "ours_base"),
             _overhead_cell(row, "ours_dropout"),
             _overhead_cell(row, "ours_fp32"),
-            f"{error['mean']:.2f}" + (f" {LOST}" if error["mean"] > 1.005 else "")
-            if error
-            else "–",
+            _error_cell(error),
+            f"{error['max']:.2f}" if error else "–",
             ours["ran"] if not ours["wrong"] else f"WRONG {LOST}",
         ]
         if gpu:
@@ -217,7 +223,8 @@ def _train_table(results: Results) -> TextTable:
         "PEFT's, with an interval over resampled rounds; *dropout* and *fp32 adapter*: the same "
         "against PEFT with dropout 0.1, and with its default of an fp32 adapter. Bare ratios (×) "
         "stand where PEFT costs less than 2 % over frozen, and a quotient would be noise. "
-        "*error / PEFT*: mean distance from fp64 over PEFT's, the worst of y, dx, dA, dB. "
+        "*error / PEFT*: mean distance from fp64 over PEFT's, the worst of y, dx, dA, dB; *max "
+        "error*: likewise for the largest distance. "
         f"{LOST}: slower, or less exact, than PEFT.",
     ]
     return table
@@ -261,8 +268,8 @@ def _contenders_table(results: Results) -> TextTable:
         table.rows.append([_name(row), *cells])
     if table.rows:
         table.notes = [
-            "*drop*: dropout 0.1; *fp32*: fp32 adapter over a half-precision base; *ours[x]*: the "
-            "backend x, asked for by name. –: not in this row, `kernels.csv` says why."
+            "*drop*: dropout 0.1; *fp32*: fp32 adapter over a half-precision base; *ours torch*, "
+            "...: that backend, asked for by name. –: not in this row, `kernels.csv` says why."
         ]
     return table
 
@@ -424,6 +431,14 @@ def _overhead_cell(row: dict[str, Any], name: str) -> str:
     value = overhead_of(row, name)
     text = f"×{ratio:.2f}" if value is None else f"{value:+.2f}"
     return text + (f" {LOST}" if ratio > 1 else "")
+
+
+def _less_exact(error: dict[str, float] | None) -> bool:
+    return error is not None and error["mean"] > 1.005
+
+
+def _error_cell(error: dict[str, float] | None) -> str:
+    return f"{error['mean']:.2f}" + (f" {LOST}" if _less_exact(error) else "") if error else "–"
 
 
 def _interval_cell(row: dict[str, Any], name: str) -> str:
