@@ -67,7 +67,7 @@ test-all: $(BUILT)  ## the slow tests too
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal
 
 test-gpu: $(BUILT)  ## the same tests on a GPU
-	PELT_FAST_STRICT=1 $(PYTEST) -m gpu
+	$(PYTEST) --device cuda --require-backends torch,triton -m "not slow"
 
 bench: $(BUILT) $(DATA)  ## the benchmark: fine-tune, kernel table, plot under bench/results
 	$(RUN) -m pelt_fast bench
