@@ -162,25 +162,16 @@ def _dot(axis: Any, y: float, found: dict[str, float], form: str) -> None:
         return
     right = value >= HIGH
     # side by side: at the end of the axis the numbers of one row would stand on each other
-    aside = 9 + 30 * list(FORMS).index(form)
-    axis.plot(
-        HIGH - 0.02 if right else LOW + 0.02,
-        y,
-        ">" if right else "<",
-        color=color,
-        ms=6,
-        clip_on=False,
-        zorder=3,
-    )
+    aside = 3 + 34 * list(FORMS).index(form)
     axis.annotate(
-        f"{value:+.1f}",
+        f"{value:+.1f} ▶" if right else f"◀ {value:+.1f}",
         (HIGH if right else LOW, y),
         (-aside if right else aside, 0),
         textcoords="offset points",
         ha="right" if right else "left",
         va="center",
         color=color,
-        fontsize=7.5,
+        fontsize=8,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.timing import CpuClock, Sample, Stat, interleave, overhead, turns
+from bench.timing import CpuClock, CudaClock, Sample, Stat, interleave, overhead, turns
 
 SAMPLES = [0.003, 0.001, 0.002, 7.0]
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +69,35 @@ def test_passes_are_timed_apart(steps: Any) -> None:
 
 def test_forward_alone(steps: Any) -> None:
     assert CpuClock().sample(steps(lambda: torch.zeros(1))).backward < 0.01
+
+
+def test_cuda_clock_flushes_and_reads_events(monkeypatch: pytest.MonkeyPatch, steps: Any) -> None:
+    log: list[str] = []
+
+    class Event:
+        count = 0
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at, Event.count = Event.count, Event.count + 1
+            log.append("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 5.0 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1024)
+    )
+    clock = CudaClock(torch.device("cpu"))
+    assert clock._flush.numel() == 64 << 20
+    clock._flush = SimpleNamespace(zero_=lambda: log.append("flush"))  # type: ignore[assignment]
+    sample = clock.sample(steps(lambda: log.append("forward"), lambda y: log.append("backward")))
+    assert log == ["wait", "flush", "event", "forward", "event", "backward", "event", "wait"]
+    assert (sample.forward, sample.backward) == (0.005, 0.005)
 
 
 def test_contenders_take_turns_in_both_directions() -> None:
