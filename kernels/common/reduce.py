@@ -59,4 +59,5 @@ def launch_ordered_sum(partial: Tensor, out: Tensor, scale: float) -> None:
         BLOCK_ROWS=block_rows,
         BLOCK_COLUMNS=block_columns,
         num_warps=4,
+        enable_fp_fusion=True,
     )

@@ -29,3 +29,9 @@ def grouped_tile(tiles_m, tiles_n, GROUP: tl.constexpr):
     first = (pid // width) * GROUP
     rows = min(tiles_m - first, GROUP)
     return first + (pid % width) % rows, (pid % width) // rows
+
+
+@triton.jit
+def known_multiple(n, ALIGN: tl.constexpr):
+    """n, a multiple of ALIGN, in a form from which the compiler knows that it is one."""
+    return n // ALIGN * ALIGN

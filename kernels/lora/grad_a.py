@@ -24,7 +24,7 @@ from ..common.cost import Cost, itemsize
 from ..common.dropout import keep_mask
 from ..common.hardware import sm_count
 from ..common.reduce import launch_ordered_sum
-from ..common.tiling import cdiv, power_of_two
+from ..common.tiling import cdiv, known_multiple, power_of_two, rank_alignment
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ def default_config(problem: Any) -> GradAConfig:
     columns = cdiv(problem.in_features, block_k) * cdiv(sum(problem.ranks), block_r)
     strips = min(cdiv(sm_count(problem.arch), columns), cdiv(problem.tokens, block_t))
     strip = cdiv(cdiv(problem.tokens, strips), block_t) * block_t
-    return GradAConfig(block_t, block_k, block_r, strip, 8 if block_r >= 64 else 4, 3)
+    # A wide accumulator, or several masks at once, need more warps to keep within their registers.
+    several = problem.dropout and len(problem.ranks) > 1
+    return GradAConfig(block_t, block_k, block_r, strip, 8 if block_r >= 64 or several else 4, 3)
 
 
 def candidate_configs(problem: Any) -> Iterator[GradAConfig]:
@@ -83,7 +85,6 @@ def _grad_a_kernel(
     strip,
     stride_xt,
     stride_xk,
-    stride_st,
     ends,
     thresholds,
     BLOCK_T: tl.constexpr,
@@ -91,8 +92,10 @@ def _grad_a_kernel(
     BLOCK_R: tl.constexpr,
     DROPOUT: tl.constexpr,
     BY_FOUR: tl.constexpr,
+    RANK_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    total_rank = known_multiple(total_rank, RANK_ALIGN)
     tile_k, tile_strip, tile_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     columns = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     ranks = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -110,7 +113,7 @@ def _grad_a_kernel(
             other=0.0,
         )
         ds = tl.load(
-            ds_ptr + long_rows * stride_st + ranks[None, :], mask=live_t[:, None] & live_r[None, :], other=0.0
+            ds_ptr + long_rows * total_rank + ranks[None, :], mask=live_t[:, None] & live_r[None, :], other=0.0
         )
         if DROPOUT:
             for i in tl.static_range(len(ends)):
@@ -139,7 +142,7 @@ def launch_grad_a(
     config: GradAConfig,
     precision: str,
 ) -> None:
-    """x (T, in), ds (T, R); fills da[i] (rᵢ, in), those that are not None; scales are 1 / (1 - p)."""
+    """x (T, in), ds (T, R) contiguous; fills da[i] (rᵢ, in), those that are not None; scales are 1 / (1 - p)."""
     (tokens, features), rank = x.shape, ds.shape[1]
     strips = cdiv(tokens, config.strip)
     part = x.new_empty((strips, rank, features), dtype=torch.float32)
@@ -153,7 +156,6 @@ def launch_grad_a(
         rank,
         config.strip,
         *x.stride(),
-        ds.stride(0),
         table.ends,
         table.thresholds,
         BLOCK_T=config.block_t,
@@ -161,9 +163,11 @@ def launch_grad_a(
         BLOCK_R=config.block_r,
         DROPOUT=seed is not None,
         BY_FOUR=features % 4 == 0,
+        RANK_ALIGN=rank_alignment(rank),
         PRECISION=precision,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=True,  # said aloud: Triton 3.9 warns, and 3.10 changes the default
     )
     start = 0
     for end, scale, grad in zip(table.ends, table.scales, da, strict=True):

@@ -25,7 +25,7 @@ from ..common.adapters import AdapterTable
 from ..common.cost import Cost, itemsize
 from ..common.hardware import sm_count
 from ..common.reduce import launch_ordered_sum
-from ..common.tiling import cdiv, power_of_two
+from ..common.tiling import cdiv, known_multiple, power_of_two, rank_alignment
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def default_config(problem: Any) -> GradBConfig:
     # Partials of dS are written and read in fp32; a second pass reads dY once more.
     extra = 8 * problem.tokens * rank * cdiv(problem.out_features, block_n)
     with_ds = extra <= itemsize(problem.dtype) * problem.tokens * problem.out_features
-    warps = 8 if block_t * block_n >= 128 * 64 else 4
+    warps = 8 if block_t * block_n >= 128 * 64 or (wide and block_r > 32) else 4
     return GradBConfig(block_t, block_n, block_r, strip, with_ds, warps, 3)
 
 
@@ -100,12 +100,13 @@ def _grad_b_kernel(
     stride_dn,
     stride_bn,
     stride_br,
-    stride_st,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    RANK_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    total_rank = known_multiple(total_rank, RANK_ALIGN)
     tile_n, tile_strip, tile_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -132,7 +133,7 @@ def _grad_b_kernel(
             at = (tile_n.to(tl.int64) * tokens + rows)[:, None] * total_rank + ranks[None, :]
             tl.store(ds_part_ptr + at, tl.dot(dy, b, input_precision=PRECISION), mask=live_tr)
         if db_part_ptr is not None:
-            s = tl.load(s_ptr + rows[:, None] * stride_st + ranks[None, :], mask=live_tr, other=0.0)
+            s = tl.load(s_ptr + rows[:, None] * total_rank + ranks[None, :], mask=live_tr, other=0.0)
             db = tl.dot(tl.trans(dy), s, db, input_precision=PRECISION)
         if sum_part_ptr is not None:
             sums += tl.sum(dy.to(tl.float32), 0)
@@ -155,7 +156,7 @@ def launch_grad_b(
     config: GradBConfig,
     precision: str,
 ) -> None:
-    """dy (T, out), b (out, R), s (T, R); fills ds (T, R), db[i] (out, rᵢ) and sums (out,) fp32, those that are not None."""
+    """dy (T, out), b (out, R), s (T, R) contiguous; fills ds (T, R), db[i] (out, rᵢ) and sums (out,) fp32, those that are not None."""
     (tokens, columns), rank = dy.shape, b.shape[1]
     strips, tiles = cdiv(tokens, config.strip), cdiv(columns, config.block_n)
 
@@ -178,13 +179,14 @@ def launch_grad_b(
         config.strip,
         *dy.stride(),
         *b.stride(),
-        0 if s is None else s.stride(0),
         BLOCK_T=config.block_t,
         BLOCK_N=config.block_n,
         BLOCK_R=config.block_r,
+        RANK_ALIGN=rank_alignment(rank),
         PRECISION=precision,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=True,  # said aloud: Triton 3.9 warns, and 3.10 changes the default
     )
     start = 0
     for end, scale, grad in zip(table.ends, table.scales, db, strict=True):

@@ -28,7 +28,7 @@ from ..common.adapters import AdapterTable, rank_start
 from ..common.cost import Cost, itemsize
 from ..common.dropout import keep_mask
 from ..common.hardware import capability, sm_count
-from ..common.tiling import cdiv, grouped_tile, power_of_two
+from ..common.tiling import cdiv, grouped_tile, known_multiple, power_of_two, rank_alignment
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,22 @@ def default_config(problem: Any) -> LinearConfig:
     """A configuration from shapes alone: the largest tile that still gives every multiprocessor one."""
     forward = problem.op.endswith("_fwd")
     columns = problem.out_features if forward else problem.in_features
-    # A mask is drawn per output element in the prologue: a narrower tile leaves it registers.
-    masked = problem.dropout and not forward
+    # Masks are drawn per output element before the loop: smaller tiles leave them registers.
+    masked = 0 if forward or not problem.dropout else len(problem.ranks)
     block_r = power_of_two(max(problem.ranks), 16, 32 if itemsize(problem.dtype) == 4 else 64)
     if itemsize(problem.dtype) == 4:
         tiles = [LinearConfig(64, 64, 32, block_r, 8, 4, 3), LinearConfig(32, 64, 32, block_r, 8, 4, 3)]
     elif capability(problem.arch) >= 90:
         tiles = [
             *([] if masked else [LinearConfig(128, 256, 64, block_r, 8, 8, 3)]),
-            LinearConfig(128, 128, 64, block_r, 8, 8, 4),
-            LinearConfig(64, 128, 64, block_r, 8, 4, 4),
+            *([] if masked > 1 else [LinearConfig(128, 128, 64, block_r, 8, 8, 4)]),
+            *([] if masked > 1 else [LinearConfig(64, 128, 64, block_r, 8, 4, 4)]),
             LinearConfig(64, 64, 64, block_r, 8, 4, 4),
         ]
     else:
         tiles = [
-            LinearConfig(128, 128, 64, block_r, 8, 8, 3),
-            LinearConfig(64, 128, 64, block_r, 8, 4, 3),
+            *([] if masked > 1 else [LinearConfig(128, 128, 64, block_r, 8, 8, 3)]),
+            *([] if masked > 1 else [LinearConfig(64, 128, 64, block_r, 8, 4, 3)]),
             LinearConfig(64, 64, 64, block_r, 8, 4, 3),
         ]
     tiles += [replace(tiles[-1], block_t=16, block_n=64), replace(tiles[-1], block_t=16, block_n=32)]
@@ -132,7 +132,6 @@ def _linear_kernel(
     stride_xk,
     stride_wn,
     stride_wk,
-    stride_st,
     stride_bn,
     stride_br,
     stride_ot,
@@ -146,14 +145,16 @@ def _linear_kernel(
     GROUP_T: tl.constexpr,
     DROPOUT: tl.constexpr,
     BY_FOUR: tl.constexpr,
+    RANK_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    total_rank = known_multiple(total_rank, RANK_ALIGN)
     tile_t, tile_n = grouped_tile(tl.cdiv(tokens, BLOCK_T), tl.cdiv(columns, BLOCK_N), GROUP_T)
     rows = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     live_t, live_n = rows < tokens, cols < columns
     long_rows, long_cols = rows.to(tl.int64), cols.to(tl.int64)
-    s_rows = s_ptr + long_rows[:, None] * stride_st
+    s_rows = s_ptr + long_rows[:, None] * total_rank
     b_rows = b_ptr + long_cols[None, :] * stride_bn
 
     acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
@@ -200,7 +201,7 @@ def launch_linear_fwd(
     config: LinearConfig,
     precision: str,
 ) -> None:
-    """x (T, in), weight (out, in) of x's dtype, bias (out,), s (T, R), b (out, R), out (T, out)."""
+    """x (T, in), weight (out, in) of x's dtype, bias (out,), s (T, R) contiguous, b (out, R), out (T, out)."""
     _launch(x, weight, bias, s, b, out, AdapterTable((s.shape[1],), (1.0,), (0,)), None, config, precision)
 
 
@@ -215,7 +216,7 @@ def launch_linear_bwd_dx(
     config: LinearConfig,
     precision: str,
 ) -> None:
-    """dy (T, out), weight (out, in) of dy's dtype, ds (T, R), a (R, in), out (T, in); scales are 1 / (1 - p)."""
+    """dy (T, out), weight (out, in) of dy's dtype, ds (T, R) contiguous, a (R, in), out (T, in); scales are 1 / (1 - p)."""
     _launch(dy, weight.T, None, ds, a.T, out, table, seed, config, precision)
 
 
@@ -248,7 +249,6 @@ def _launch(
         rank,
         *x.stride(),
         *w.stride(),
-        s.stride(0),
         *b.stride(),
         out.stride(0),
         *table,
@@ -259,9 +259,11 @@ def _launch(
         GROUP_T=config.group_t,
         DROPOUT=seed is not None,
         BY_FOUR=columns % 4 == 0,
+        RANK_ALIGN=rank_alignment(rank),
         PRECISION=precision,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=True,  # said aloud: Triton 3.9 warns, and 3.10 changes the default
     )
 
 

@@ -26,7 +26,7 @@ from ..common.cost import Cost, itemsize
 from ..common.dropout import keep_mask
 from ..common.hardware import sm_count
 from ..common.reduce import launch_ordered_sum
-from ..common.tiling import cdiv, power_of_two
+from ..common.tiling import cdiv, known_multiple, power_of_two, rank_alignment
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ def default_config(problem: Any) -> ShrinkConfig:
     split_k = min(power_of_two(cdiv(sm_count(problem.arch), tiles)), power_of_two(most + 1) // 2, 16)
     # Below half the GPU's width a split pays for its second launch, above it does not.
     split_k = split_k if 2 * tiles <= sm_count(problem.arch) else 1
-    return ShrinkConfig(block_t, block_k, block_r, split_k, 4, 3)
+    # A wide accumulator, or several masks at once, need more warps to keep within their registers.
+    masks = len(problem.ranks) if problem.dropout and forward else 0
+    return ShrinkConfig(block_t, block_k, block_r, split_k, 8 if block_r > 64 or masks > 1 else 4, 3)
 
 
 def candidate_configs(problem: Any) -> Iterator[ShrinkConfig]:
@@ -77,7 +79,7 @@ def candidate_configs(problem: Any) -> Iterator[ShrinkConfig]:
                     )
 
 
-@triton.jit(do_not_specialize=["tokens", "k_per_split"])
+@triton.jit(do_not_specialize=["tokens", "steps"])
 def _shrink_kernel(
     x_ptr,
     a_ptr,
@@ -90,9 +92,7 @@ def _shrink_kernel(
     stride_xk,
     stride_ar,
     stride_ak,
-    stride_os,
-    stride_ot,
-    k_per_split,
+    steps,
     ends,
     scales,
     thresholds,
@@ -102,8 +102,10 @@ def _shrink_kernel(
     DROPOUT: tl.constexpr,
     BY_FOUR: tl.constexpr,
     SCALED: tl.constexpr,
+    RANK_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    total_rank = known_multiple(total_rank, RANK_ALIGN)
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(2)
@@ -113,7 +115,9 @@ def _shrink_kernel(
     if DROPOUT:
         seed = tl.load(seed_ptr)
     acc = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-    for k in range(split * k_per_split, min((split + 1) * k_per_split, features), BLOCK_K):
+    # In whole blocks, so that the compiler knows k to be a multiple of BLOCK_K: loads are as wide as they can be.
+    for block in range(split * steps, min((split + 1) * steps, tl.cdiv(features, BLOCK_K))):
+        k = block * BLOCK_K
         columns = k + tl.arange(0, BLOCK_K)
         live_k = columns < features
         x = tl.load(x_rows + columns[None, :] * stride_xk, mask=live_t[:, None] & live_k[None, :], other=0.0)
@@ -134,7 +138,7 @@ def _shrink_kernel(
             acc = tl.dot(x, a, acc, input_precision=PRECISION)
     if SCALED:
         acc *= scale_of_rank(ranks, ends, scales)[None, :]
-    out = out_ptr + split.to(tl.int64) * stride_os + rows.to(tl.int64)[:, None] * stride_ot + ranks[None, :]
+    out = out_ptr + (split.to(tl.int64) * tokens + rows)[:, None] * total_rank + ranks[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=live_t[:, None] & live_r[None, :])
 
 
@@ -150,8 +154,8 @@ def launch_shrink(
     """x (T, K), a (R, K), out (T, R) contiguous; ``seed`` is None without dropout."""
     tokens, features = x.shape
     rank = a.shape[0]
-    k_per_split = cdiv(cdiv(features, config.split_k), config.block_k) * config.block_k
-    splits = cdiv(features, k_per_split)
+    steps = cdiv(cdiv(features, config.split_k), config.block_k)
+    splits = cdiv(features, steps * config.block_k)
     target = out if splits == 1 else out.new_empty((splits, tokens, rank), dtype=torch.float32)
     grid = (cdiv(tokens, config.block_t), cdiv(rank, config.block_r), splits)
     _shrink_kernel[grid](
@@ -164,9 +168,7 @@ def launch_shrink(
         rank,
         *x.stride(),
         *a.stride(),
-        tokens * rank,
-        rank,
-        k_per_split,
+        steps,
         *table,
         BLOCK_T=config.block_t,
         BLOCK_K=config.block_k,
@@ -174,9 +176,11 @@ def launch_shrink(
         DROPOUT=seed is not None,
         BY_FOUR=features % 4 == 0,
         SCALED=splits == 1,
+        RANK_ALIGN=rank_alignment(rank),
         PRECISION=precision,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=True,  # said aloud: Triton 3.9 warns, and 3.10 changes the default
     )
     if splits > 1:
         start = 0

@@ -193,7 +193,7 @@ def lora_linear_bwd(
             grad_b.launch_grad_b(
                 dy,
                 b,
-                s if any(need_db) else None,
+                s.contiguous() if s is not None and any(need_db) else None,
                 ds if one_pass else None,
                 db,
                 sums,

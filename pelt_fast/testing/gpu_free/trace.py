@@ -1,7 +1,7 @@
 """Every access of an interpreted launch: in bounds, free of races, and counted.
 
-Shadow memory holds, for each byte that an argument's storage has, whether the argument's view covers it, which program
-stored it and which program read it. Programs of one launch run in no order on a GPU, so it is an error when two of them
+Shadow memory holds, for each piece of an argument's storage (as long as its smallest element), whether the argument's
+view covers it, which program stored it and which program read it. Programs of one launch run in no order on a GPU, so it is an error when two of them
 touch a byte and one of them stores it, whatever the values turn out to be.
 """
 
@@ -26,8 +26,9 @@ class _Region:
     """One storage, and the arguments that look into it."""
 
     start: int
-    covered: np.ndarray  # bool per byte: some argument's view holds it
-    writer: np.ndarray  # program that stored the byte
+    piece: int  # bytes
+    covered: np.ndarray  # bool per piece: some argument's view holds it
+    writer: np.ndarray  # program that stored the piece
     reader: np.ndarray  # program that loaded it
     names: list[str] = field(default_factory=list)
 
@@ -70,25 +71,28 @@ class Trace:
 
     def begin(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """A launch with these arguments starts."""
+        piece: dict[int, int] = {}
+        for tensor in tensors.values():
+            at, size = tensor.untyped_storage().data_ptr(), tensor.element_size()
+            piece[at] = min(size, piece.get(at, size))
         regions: dict[int, _Region] = {}
         for argument, tensor in tensors.items():
             storage, size = tensor.untyped_storage(), tensor.element_size()
             if storage.nbytes() == 0:
                 continue
-            region = regions.get(storage.data_ptr())
-            if region is None:
-                bytes_ = storage.nbytes()
-                region = _Region(
-                    storage.data_ptr(),
-                    np.zeros(bytes_, bool),
-                    np.full(bytes_, _NOBODY, np.int32),
-                    np.full(bytes_, _NOBODY, np.int32),
+            start = storage.data_ptr()
+            if start not in regions:
+                pieces = storage.nbytes() // piece[start]
+                nobody = np.full(pieces, _NOBODY, np.int32)
+                regions[start] = _Region(
+                    start, piece[start], np.zeros(pieces, bool), nobody, nobody.copy()
                 )
-                regions[storage.data_ptr()] = region
+            region = regions[start]
             region.names.append(argument)
             elements = torch.zeros(storage.nbytes() // size, dtype=torch.bool)
             elements.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset()).fill_(True)
-            region.covered[: elements.numel() * size] |= np.repeat(elements.numpy(), size)
+            ratio = size // region.piece
+            region.covered[: elements.numel() * ratio] |= np.repeat(elements.numpy(), ratio)
         self.launches.append(LaunchTrace(name, regions=list(regions.values())))
         self._permutation = np.arange(0)
 
@@ -126,7 +130,8 @@ class Trace:
             self._check_same_value(addresses, np.broadcast_to(value, mask.shape)[mask])
         outside = np.ones(distinct.size, bool)
         for region in self.launches[-1].regions:
-            inside = (distinct >= region.start) & (distinct < region.start + region.covered.size)
+            end = region.start + region.covered.size * region.piece
+            inside = (distinct >= region.start) & (distinct < end)
             if inside.any():
                 outside &= ~inside
                 self._check_region(kind, region, distinct[inside] - region.start, size)
@@ -142,11 +147,13 @@ class Trace:
 
     def _check_region(self, kind: str, region: _Region, first: np.ndarray, size: int) -> None:
         launch, program, names = self.launches[-1], self._program, "/".join(region.names)
-        touched = (first[:, None] + np.arange(size)).ravel()
+        touched = first // region.piece
+        if size != region.piece:
+            touched = (touched[:, None] + np.arange(size // region.piece)).ravel()
         if not region.covered[touched].all():
             self._fail(f"{kind}: bytes of {names} that are outside the tensor's view")
         counts = launch.loaded if kind == "load" else launch.stored
-        counts[names] = counts.get(names, 0) + touched.size
+        counts[names] = counts.get(names, 0) + touched.size * region.piece
         writer, reader = region.writer[touched], region.reader[touched]
         if kind != "atomic" and ((writer != _NOBODY) & (writer != program)).any():
             self._fail(f"{kind}: race, {names} was stored by another program")
