@@ -3,10 +3,10 @@
 | variable | meaning | default |
 |---|---|---|
 | ``PELT_FAST_BACKEND`` | backend for every operation, as ``use_backend`` takes it | ``auto`` |
-| ``PELT_FAST_STRICT`` | ``1``: an operation whose preferred backend cannot run raises instead of falling back | ``0`` |
+| ``PELT_FAST_STRICT`` | ``1``: an operation that its preferred backend cannot run raises, no fallback | ``0`` |
 | ``PELT_FAST_TRITON_CPU`` | ``1``: a stand-in driver runs Triton kernels on CPU tensors (kernel proofs) | ``0`` |
-| ``PELT_FAST_CPU_ISA`` | highest instruction set of the C++ kernels: ``amx``, ``avx512``, ``avx2``, ``default`` | best |
-| ``PELT_FAST_PACK_LIMIT_MB`` | memory for packed copies of frozen weights, in MiB; ``0`` switches packing off | ``4096`` |
+| ``PELT_FAST_CPU_ISA`` | highest instruction set of C++ kernels: ``amx``, ``avx512``, ``avx2``, ``default`` | best |
+| ``PELT_FAST_PACK_LIMIT_MB`` | memory for packed copies of frozen weights, in MiB; ``0`` keeps none | ``4096`` |
 
 ``PELT_FAST_BUILD`` is read by ``setup.py`` alone.
 """
@@ -47,7 +47,9 @@ class Env:
 def _choice(environ: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str | None:
     value = environ.get(name, "").strip().lower()
     if value and value not in allowed:
-        raise ValueError(f"{name}={value!r} is not understood; expected one of {', '.join(allowed)}")
+        raise ValueError(
+            f"{name}={value!r} is not understood; expected one of {', '.join(allowed)}"
+        )
     return value or None
 
 

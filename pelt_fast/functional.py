@@ -29,7 +29,7 @@ def lora_linear(
     lora_b: Tensor | Sequence[Tensor],
     scaling: float | Sequence[float],
     *,
-    lora_bias: Tensor | None | Sequence[Tensor | None] = None,
+    lora_bias: Tensor | Sequence[Tensor | None] | None = None,
     dropout_p: float | Sequence[float] = 0.0,
     training: bool = False,
     backend: str | None = None,
@@ -67,7 +67,7 @@ def lora_linear(
     """
     call = _check(x, weight, bias, lora_a, lora_b, scaling, lora_bias, dropout_p, training, backend)
     seed = new_seed(call.x.device) if any(call.dropout_p) else None
-    return LoRALinearFunction.apply(  # type: ignore[no-any-return, no-untyped-call]
+    return LoRALinearFunction.apply(
         call.x,
         weight,
         bias,
@@ -98,7 +98,10 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     tokens = math.prod(call.x.shape[:-1])
     return Explanation(
         tuple(
-            explain_problem(problem_of(name, call.x, call.weight, call.lora_a, call.dropout_p, tokens), call.backend)
+            explain_problem(
+                problem_of(name, call.x, call.weight, call.lora_a, call.dropout_p, tokens),
+                call.backend,
+            )
             for name in ("lora_linear_fwd", "lora_linear_bwd")
         )
     )
@@ -157,7 +160,9 @@ def _check(
         _check_adapter(i if n > 1 else None, x, weight, lora_a[i], lora_b[i], autocast)
     numbers = _numbers("scaling", scaling, n)
     for value in numbers:
-        if not -math.inf < value < math.inf:  # math.isfinite would break a graph where scaling is symbolic
+        if (
+            not -math.inf < value < math.inf
+        ):  # math.isfinite would break a graph where scaling is symbolic
             raise ValueError(f"scaling is {value}; expected a finite number")
     rates = _numbers("dropout_p", dropout_p, n)
     for value in rates:
@@ -207,9 +212,13 @@ def _compute_input(x: Tensor) -> tuple[Tensor, bool]:
 def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> None:
     _check_tensor("weight", weight, x, "(out, in)")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"weight has shape {_shape(weight)}; expected (out, in) with in = {x.shape[-1]}, x's last size")
+        raise ValueError(
+            f"weight has shape {_shape(weight)}; expected (out, in) with in = {x.shape[-1]}, x's last size"
+        )
     if weight.shape[0] == 0 or weight.shape[1] == 0:
-        raise ValueError(f"weight has shape {_shape(weight)}; expected at least one row and one column")
+        raise ValueError(
+            f"weight has shape {_shape(weight)}; expected at least one row and one column"
+        )
     _check_dtype("weight", weight, x, autocast, wider=False)
     if bias is not None:
         _check_tensor("bias", bias, x, "(out,)")
@@ -217,25 +226,34 @@ def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) 
         _check_dtype("bias", bias, x, autocast, wider=False)
 
 
-def _check_adapter(i: int | None, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, autocast: bool) -> None:
+def _check_adapter(
+    i: int | None, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, autocast: bool
+) -> None:
     at = "" if i is None else f"[{i}]"
     out_features, in_features = weight.shape
     _check_tensor(f"lora_a{at}", a, x, "(r, in)")
     _check_tensor(f"lora_b{at}", b, x, "(out, r)")
     if a.dim() != 2 or a.shape[1] != in_features:
-        raise ValueError(f"lora_a{at} has shape {_shape(a)}; expected (r, in) with in = {in_features}")
+        raise ValueError(
+            f"lora_a{at} has shape {_shape(a)}; expected (r, in) with in = {in_features}"
+        )
     rank = a.shape[0]
     if not 1 <= rank <= MAX_RANK:
-        raise ValueError(f"lora_a{at} has shape {_shape(a)}, rank {rank}; expected a rank of 1 to {MAX_RANK}")
+        raise ValueError(
+            f"lora_a{at} has shape {_shape(a)}, rank {rank}; expected a rank of 1 to {MAX_RANK}"
+        )
     if b.dim() != 2 or b.shape[0] != out_features or b.shape[1] != rank:
         raise ValueError(
-            f"lora_b{at} has shape {_shape(b)}; expected (out, r) = ({out_features}, {rank}), out from weight and r from lora_a{at}"
+            f"lora_b{at} has shape {_shape(b)}; expected (out, r) = ({out_features}, {rank}), "
+            f"out from weight and r from lora_a{at}"
         )
     _check_dtype(f"lora_a{at}", a, x, autocast, wider=True)
     _check_dtype(f"lora_b{at}", b, x, autocast, wider=True)
 
 
-def _check_lora_bias(lora_bias: Any, n: int, x: Tensor, weight: Tensor, autocast: bool) -> Sequence[Tensor | None]:
+def _check_lora_bias(
+    lora_bias: Any, n: int, x: Tensor, weight: Tensor, autocast: bool
+) -> Sequence[Tensor | None]:
     if lora_bias is None:
         return (None,) * n
     values = _tensors("lora_bias", lora_bias)
@@ -251,14 +269,18 @@ def _check_lora_bias(lora_bias: Any, n: int, x: Tensor, weight: Tensor, autocast
 
 def _check_tensor(name: str, value: Any, x: Tensor, shape: str) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected a torch.Tensor of shape {shape}")
+        raise TypeError(
+            f"{name} is a {type(value).__name__}; expected a torch.Tensor of shape {shape}"
+        )
     if value.device != x.device:
         raise ValueError(f"{name} is on {value.device}; expected {x.device}, where x is")
 
 
 def _check_vector(name: str, value: Tensor, weight: Tensor) -> None:
     if value.dim() != 1 or value.shape[0] != weight.shape[0]:
-        raise ValueError(f"{name} has shape {_shape(value)}; expected (out,) = ({weight.shape[0]},)")
+        raise ValueError(
+            f"{name} has shape {_shape(value)}; expected (out,) = ({weight.shape[0]},)"
+        )
 
 
 def _check_dtype(name: str, value: Tensor, x: Tensor, autocast: bool, *, wider: bool) -> None:
@@ -267,12 +289,16 @@ def _check_dtype(name: str, value: Tensor, x: Tensor, autocast: bool, *, wider: 
         return
     if autocast:
         if dtype not in _DTYPES:
-            raise TypeError(f"{name} has dtype {dtype}; expected a floating dtype of {', '.join(map(str, _DTYPES))}")
+            raise TypeError(
+                f"{name} has dtype {dtype}; expected a floating dtype of {', '.join(map(str, _DTYPES))}"
+            )
         return
     if wider and x.dtype in _HALVES:
         if dtype == torch.float32:
             return
-        raise TypeError(f"{name} has dtype {dtype}; expected {x.dtype}, x's dtype, or torch.float32")
+        raise TypeError(
+            f"{name} has dtype {dtype}; expected {x.dtype}, x's dtype, or torch.float32"
+        )
     raise TypeError(f"{name} has dtype {dtype}; expected {x.dtype}, x's dtype")
 
 
@@ -286,7 +312,9 @@ def _tensors(name: str, value: Any) -> Sequence[Tensor]:
         return (value,)
     if isinstance(value, (list, tuple)):
         return value
-    raise TypeError(f"{name} is a {type(value).__name__}; expected a torch.Tensor or a list or tuple of them")
+    raise TypeError(
+        f"{name} is a {type(value).__name__}; expected a torch.Tensor or a list or tuple of them"
+    )
 
 
 def _numbers(name: str, value: Any, n: int) -> tuple[float, ...]:
@@ -294,7 +322,9 @@ def _numbers(name: str, value: Any, n: int) -> tuple[float, ...]:
     _check_count(name, values, n)
     for v in values:
         if isinstance(v, bool) or not isinstance(v, (int, float, torch.SymFloat, torch.SymInt)):
-            raise TypeError(f"{name} holds a {type(v).__name__}; expected a number for each adapter")
+            raise TypeError(
+                f"{name} holds a {type(v).__name__}; expected a number for each adapter"
+            )
     return tuple([float(v) for v in values])
 
 

@@ -39,7 +39,12 @@ def philox_words(counter: Tensor, stream: int, seed: Tensor) -> Tensor:
     for _ in range(10):
         # int64 products wrap modulo 2**64, so both 32-bit halves come out right
         p0, p1 = c0 * _ROUND_A, c2 * _ROUND_B
-        c0, c1, c2, c3 = ((p1 >> 32) & _M32) ^ c1 ^ k0, p1 & _M32, ((p0 >> 32) & _M32) ^ c3 ^ k1, p0 & _M32
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _M32) ^ c1 ^ k0,
+            p1 & _M32,
+            ((p0 >> 32) & _M32) ^ c3 ^ k1,
+            p0 & _M32,
+        )
         k0, k1 = (k0 + _KEY_A) & _M32, (k1 + _KEY_B) & _M32
     return torch.stack((c0, c1, c2, c3), dim=-1)
 

@@ -32,11 +32,15 @@ class LoRALinearFunction(torch.autograd.Function):
     ) -> Tensor:
         n = len(scaling)
         lora_a, lora_b, lora_bias = adapters[:n], adapters[n : 2 * n], adapters[2 * n :]
-        y, s = lora_linear_fwd(x, weight, bias, lora_a, lora_b, lora_bias, scaling, dropout_p, seed, backend)
+        y, s = lora_linear_fwd(
+            x, weight, bias, lora_a, lora_b, lora_bias, scaling, dropout_p, seed, backend
+        )
         needs = ctx.needs_input_grad
         keep_x = needs[1] or any(needs[7 : 7 + n])
         keep_s = any(needs[7 + n : 7 + 2 * n])
-        ctx.save_for_backward(x if keep_x else None, s if keep_s else None, weight, seed, *lora_a, *lora_b)
+        ctx.save_for_backward(
+            x if keep_x else None, s if keep_s else None, weight, seed, *lora_a, *lora_b
+        )
         ctx.scaling, ctx.dropout_p, ctx.backend = scaling, dropout_p, backend
         ctx.bias_dtypes = [None if b is None else b.dtype for b in (bias, *lora_bias)]
         return y
@@ -48,7 +52,11 @@ class LoRALinearFunction(torch.autograd.Function):
         n = len(ctx.scaling)
         lora_a, lora_b = adapters[:n], adapters[n:]
         needs = ctx.needs_input_grad
-        need_da, need_db, need_dlora_bias = needs[7 : 7 + n], needs[7 + n : 7 + 2 * n], needs[7 + 2 * n :]
+        need_da, need_db, need_dlora_bias = (
+            needs[7 : 7 + n],
+            needs[7 + n : 7 + 2 * n],
+            needs[7 + 2 * n :],
+        )
         dx, dbias, da, db, dlora_bias = lora_linear_bwd(
             dy,
             x if any(need_da) else None,
@@ -83,6 +91,8 @@ class LoRALinearFunction(torch.autograd.Function):
             *[g if need else None for g, need in zip(db, need_db, strict=True)],
             *[
                 g.to(dtype) if need else None
-                for g, need, dtype in zip(dlora_bias, need_dlora_bias, lora_bias_dtypes, strict=True)
+                for g, need, dtype in zip(
+                    dlora_bias, need_dlora_bias, lora_bias_dtypes, strict=True
+                )
             ],
         )

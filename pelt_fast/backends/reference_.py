@@ -89,7 +89,9 @@ def lora_linear_bwd(
     db: list[Tensor | None] = []
     dlora_bias: list[Tensor | None] = []
     offset = 0
-    for i, (a, b, scale, p, kept) in enumerate(zip(lora_a, lora_b, scaling, dropout_p, keep, strict=True)):
+    for i, (a, b, scale, p, kept) in enumerate(
+        zip(lora_a, lora_b, scaling, dropout_p, keep, strict=True)
+    ):
         ds = scale * (dy @ b.to(dtype))
         factor = 1.0 if kept is None else keep_scale(p)
         if dx is not None:

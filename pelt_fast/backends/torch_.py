@@ -31,7 +31,9 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     return torch.addmm(out, left, right, beta=0, alpha=scale, out=out)
 
 
-def _keep(seed: Tensor | None, tokens: int, in_features: int, p: float, index: int) -> Tensor | None:
+def _keep(
+    seed: Tensor | None, tokens: int, in_features: int, p: float, index: int
+) -> Tensor | None:
     return None if seed is None or p == 0 else philox_mask(seed, (tokens, in_features), p, index)
 
 

@@ -26,7 +26,9 @@ class Choice:
         if self.error:
             lines.append("  " + self.error.replace("\n", "\n  "))
         lines += [f"  {name} eligible, lower priority" for name in self.eligible]
-        lines += [f"  {name} rejected: {'; '.join(reasons)}" for name, reasons in self.rejected.items()]
+        lines += [
+            f"  {name} rejected: {'; '.join(reasons)}" for name, reasons in self.rejected.items()
+        ]
         return "\n".join(lines)
 
 

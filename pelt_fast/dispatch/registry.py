@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 MODULES = {
@@ -14,7 +13,11 @@ MODULES = {
     "torch": "pelt_fast.backends.torch_",
     "reference": "pelt_fast.backends.reference_",
 }
-AUTOMATIC = ("triton", "cpp", "torch")  # the reference is an oracle: it runs only when it is asked for
+AUTOMATIC = (
+    "triton",
+    "cpp",
+    "torch",
+)  # the reference is an oracle: it runs only when it is asked for
 
 
 class BackendUnavailable(RuntimeError):
@@ -26,7 +29,7 @@ class Backend:
     """A backend's module, or the reason why it could not be imported."""
 
     name: str
-    module: ModuleType | None
+    module: Any  # None when it could not be imported
     missing: str | None = None
 
     def unsupported(self, problem: Any) -> list[str]:
@@ -45,7 +48,9 @@ class Backend:
 def backend(name: str) -> Backend:
     """The backend of that name, imported on first use."""
     if name == "cuda":
-        return Backend(name, None, "no CUDA C++ kernel serves this operation; on a GPU use 'triton' or 'torch'")
+        return Backend(
+            name, None, "no CUDA C++ kernel serves this operation; on a GPU use 'triton' or 'torch'"
+        )
     try:
         return Backend(name, importlib.import_module(MODULES[name]))
     except ImportError as error:

@@ -21,7 +21,9 @@ _CACHE_LIMIT = 4096  # shapes; a serving process that sees ever new T must not g
 def check_name(name: str) -> str:
     """Returns ``name`` when it names a backend, raises ValueError otherwise."""
     if name not in BACKENDS:
-        raise ValueError(f"backend={name!r} is not known; expected one of {', '.join(map(repr, BACKENDS))}")
+        raise ValueError(
+            f"backend={name!r} is not known; expected one of {', '.join(map(repr, BACKENDS))}"
+        )
     return name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,9 @@ class LoRALinear(nn.Module):
     def _init_base(self, linear: nn.Linear) -> None:
         self.base_layer = linear.requires_grad_(False)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
+        # to the type checker what it is to us: the linears by name
+        self.lora_A = cast("dict[str, nn.Linear]", nn.ModuleDict())
+        self.lora_B = cast("dict[str, nn.Linear]", nn.ModuleDict())
         self.scaling: dict[str, float] = {}
         self.lora_dropout: dict[str, float] = {}
         self.active_adapters: list[str] = []
@@ -99,11 +102,17 @@ class LoRALinear(nn.Module):
         if not 1 <= r <= functional.MAX_RANK:
             raise ValueError(f"r is {r}; expected a rank of 1 to {functional.MAX_RANK}")
         if not 0.0 <= lora_dropout <= 1.0:
-            raise ValueError(f"lora_dropout is {lora_dropout}; expected a probability between 0 and 1")
+            raise ValueError(
+                f"lora_dropout is {lora_dropout}; expected a probability between 0 and 1"
+            )
         weight = self.base_layer.weight
         dtype = weight.dtype if dtype is None else dtype
-        self.lora_A[name] = nn.Linear(self.in_features, r, bias=False, device=weight.device, dtype=dtype)
-        self.lora_B[name] = nn.Linear(r, self.out_features, bias=lora_bias, device=weight.device, dtype=dtype)
+        self.lora_A[name] = nn.Linear(
+            self.in_features, r, bias=False, device=weight.device, dtype=dtype
+        )
+        self.lora_B[name] = nn.Linear(
+            r, self.out_features, bias=lora_bias, device=weight.device, dtype=dtype
+        )
         self.scaling[name] = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.lora_dropout[name] = lora_dropout
         self.reset_adapter(name)
@@ -121,7 +130,9 @@ class LoRALinear(nn.Module):
         names = [names] if isinstance(names, str) else list(names)
         for name in names:
             if name not in self.scaling:
-                raise ValueError(f"adapter {name!r} is not known; present: {', '.join(self.scaling)}")
+                raise ValueError(
+                    f"adapter {name!r} is not known; present: {', '.join(self.scaling)}"
+                )
         self.active_adapters = names
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,5 +157,7 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, and the active adapters with their ranks."""
-        ranks = ", ".join(f"{name}: r={self.lora_A[name].weight.shape[0]}" for name in self.active_adapters)
+        ranks = ", ".join(
+            f"{name}: r={self.lora_A[name].weight.shape[0]}" for name in self.active_adapters
+        )
         return f"in_features={self.in_features}, out_features={self.out_features}, active: {ranks or 'none'}"

@@ -69,7 +69,9 @@ def _forward(
         return x.new_empty(shape), x.new_empty((0, sum([a.shape[0] for a in lora_a])))
     problem = problem_of("lora_linear_fwd", rows, weight, lora_a, dropout_p, tokens)
     run = select(problem, backend if backend != "auto" else asked_for()).module
-    y, s = run.lora_linear_fwd(rows, weight, bias, lora_a, lora_b, lora_bias, scaling, dropout_p, seed)
+    y, s = run.lora_linear_fwd(
+        rows, weight, bias, lora_a, lora_b, lora_bias, scaling, dropout_p, seed
+    )
     # not a view: autograd forbids in-place changes of views that a custom Function returns
     return y if len(shape) == 2 else _unsafe_view(y, shape), s
 
@@ -116,8 +118,14 @@ def _backward(
         return (
             dy.new_empty(dx_shape) if need_dx else none.pop(),
             dy.new_zeros(weight.shape[0]) if need_dbias else none.pop(),
-            [torch.zeros_like(a) if need else none.pop() for a, need in zip(lora_a, need_da, strict=True)],
-            [torch.zeros_like(b) if need else none.pop() for b, need in zip(lora_b, need_db, strict=True)],
+            [
+                torch.zeros_like(a) if need else none.pop()
+                for a, need in zip(lora_a, need_da, strict=True)
+            ],
+            [
+                torch.zeros_like(b) if need else none.pop()
+                for b, need in zip(lora_b, need_db, strict=True)
+            ],
             [
                 b.new_zeros(b.shape[0]) if need else none.pop()
                 for b, need in zip(lora_b, need_dlora_bias, strict=True)

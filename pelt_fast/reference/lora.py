@@ -27,7 +27,9 @@ def lora_linear(
     y = x @ weight.T
     if bias is not None:
         y = y + bias
-    for a, b, s, b_bias, p, kept in zip(lora_a, lora_b, scaling, lora_bias, dropout_p, keep, strict=True):
+    for a, b, s, b_bias, p, kept in zip(
+        lora_a, lora_b, scaling, lora_bias, dropout_p, keep, strict=True
+    ):
         dropped = x
         if kept is not None:
             # where, not a product: a dropped inf or nan is gone
