@@ -1,5 +1,5 @@
 // The module pelt_fast._C. Schemas of the operators stand in pelt_fast/ops; what is bound here is one backend of them.
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include "cpu/isa.h"
 #include "cpu/lora.h"

@@ -81,11 +81,11 @@ struct WideEngine {
 
   // Left operand of a product over k: rows of x (dropped where the mask says), k padded to the pair with zeros.
   Tile<Operand> left(int64_t m, int64_t k, const T* x, int64_t stride, const Mask& mask, int64_t row, int64_t column, Scratch& out, Scratch& random) const {
-    const int64_t ld = kBlockK + 16; // off a power of two: rows must not fall into the same cache sets
+    const int64_t padded = round_up(k, 2 * lanes()), ld = padded + 16; // rows must not fall into the same cache sets
     A* tile = out.get<A>(m * ld);
     for (int64_t i = 0; i < m; ++i) {
       const uint32_t* words = mask ? mask.words(kernels, row + i, column, k, random) : nullptr;
-      kernels.widen(k, round_up(k, 2 * lanes()), x + i * stride, words, mask.threshold, tile + i * ld);
+      kernels.widen(k, padded, x + i * stride, words, mask.threshold, tile + i * ld);
     }
     return {tile, ld};
   }
@@ -124,7 +124,7 @@ struct AmxEngine {
 
   Tile<Operand> left(int64_t m, int64_t k, const T* x, int64_t stride, const Mask& mask, int64_t row, int64_t column, Scratch& out, Scratch& random) const {
     if (!mask && k % 2 == 0) return {x, stride};
-    const int64_t ld = kBlockK + 32, padded = round_up(k, 2);
+    const int64_t padded = round_up(k, 2), ld = padded + 32;
     BF16* tile = out.get<BF16>(m * ld);
     for (int64_t i = 0; i < m; ++i) {
       const uint32_t* words = mask ? mask.words(kernels, row + i, column, k, random) : random.get<uint32_t>(k);
@@ -136,7 +136,7 @@ struct AmxEngine {
   // Pairs of rows interleaved, as brgemm wants its right operand; an odd last row is paired with zeros.
   static constexpr bool kLeftIsRight = false;
   Tile<Operand> right(int64_t m, int64_t n, const T* x, int64_t stride, const Mask& mask, int64_t row, int64_t column, Scratch& out, Scratch& random) const {
-    const int64_t ld = kBlockK, pairs = (m + 1) / 2;
+    const int64_t ld = round_up(n, 16), pairs = (m + 1) / 2;
     BF16* tile = out.get<BF16>(pairs * 2 * ld + 2 * ld);
     BF16* dropped = tile + pairs * 2 * ld; // two rows
     for (int64_t i = 0; i < m; i += 2) {

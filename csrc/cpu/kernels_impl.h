@@ -115,6 +115,15 @@ PELT_INLINE void narrow_vec(VF v, F16* p) {
 
 // ---- products ----
 
+// With few rows b is read at the speed of memory, and one stream of it is too little for the hardware to run ahead:
+// 1 KiB ahead measured best of 0.5 to 4, 1.6 times the bytes per second of no prefetch.
+constexpr int kFewRows = 4;
+template <int bytes, class P>
+PELT_INLINE void prefetch(const P* p) {
+#pragma GCC unroll 8
+  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + 1024 + line);
+}
+
 // Columns [0, NV · N) of MR rows; the accumulators stay in registers over all of k.
 template <class T, int MR, int NV>
 PELT_INLINE void micro(int64_t k, const Acc<T>* a, int64_t lda, const T* b, int64_t ldb, Acc<T>* c, int64_t ldc, bool accumulate) {
@@ -129,6 +138,7 @@ PELT_INLINE void micro(int64_t k, const Acc<T>* a, int64_t lda, const T* b, int6
   if constexpr (kPair<T> == 2) {
     for (int64_t p = 0; p < k; p += 2) {
       const T* row = b + p * ldb;
+      if constexpr (MR <= kFewRows) prefetch<2 * NV * N * sizeof(T)>(row);
       VU low[NV];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) low[v] = load<VU>(row + 2 * v * N) << 16;
@@ -146,6 +156,7 @@ PELT_INLINE void micro(int64_t k, const Acc<T>* a, int64_t lda, const T* b, int6
   } else {
     for (int64_t p = 0; p < k; ++p) {
       V row[NV];
+      if constexpr (MR <= kFewRows) prefetch<NV * N * sizeof(T)>(b + p * ldb);
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) row[v] = widen_vec(b + p * ldb + v * N);
 #pragma GCC unroll 16

@@ -22,6 +22,8 @@
 namespace pelt_fast {
 namespace {
 
+constexpr int64_t kFewRows = 32;
+
 struct Adapter {
   std::shared_ptr<const Packed> shrink; // (rank, k) in one strip of the padded rank
   std::shared_ptr<const Packed> expand; // (n, padded rank)
@@ -137,6 +139,8 @@ struct Pass {
     Workspace& w = workspace();
     const int64_t m = end - begin, width = engine.strip();
     const int64_t strips_at_once = E::kBlockColumns / width;
+    // few rows: W is read once, so read each strip of it from end to end, as memory likes it
+    const int64_t block_k = rows <= kFewRows ? k : E::kBlockK;
     A* s_tile = first ? w.shrunk.template get<A>(m * adapters.padded) : nullptr;
     Tile<O> p_columns{};
     if (first && sums) {
@@ -147,8 +151,8 @@ struct Pass {
     do {
       const int64_t stop = std::min(strip1, strip0 + strips_at_once), columns = (stop - strip0) * width;
       A* c = columns ? w.product.template get<A>(m * columns) : nullptr;
-      for (int64_t k0 = 0; k0 < k; k0 += E::kBlockK) {
-        const int64_t kc = std::min(k - k0, E::kBlockK), kp = round_up(kc, kPair<T>);
+      for (int64_t k0 = 0; k0 < k; k0 += block_k) {
+        const int64_t kc = std::min(k - k0, block_k), kp = round_up(kc, kPair<T>);
         const T* from = x + begin * stride + k0;
         const Tile<O> tile = engine.left(m, kc, from, stride, Mask{}, 0, 0, w.left, w.random);
         for (int64_t strip = strip0; strip < stop; ++strip)
