@@ -1,5 +1,6 @@
-// How tiles are multiplied: with our own kernels on operands widened to the accumulator's type, or, for bf16 on AMX,
-// with torch's brgemm on bf16 operands. The two engines have the same members, so that an operation is written once.
+// How tiles are multiplied: with our own kernels on operands widened to the accumulator's type, or,
+// for bf16 on AMX, with torch's brgemm on bf16 operands. The two engines have the same members, so
+// that an operation is written once.
 #pragma once
 
 #include <ATen/native/CPUBlas.h>
@@ -46,7 +47,8 @@ struct Mask {
 
   // The random bits of elements (row, column .. column + n - 1), to be compared with the threshold.
   template <class T>
-  const uint32_t* words(const Kernels<T>& kernels, int64_t row, int64_t column, int64_t n, Scratch& scratch) const {
+  const uint32_t* words(const Kernels<T>& kernels, int64_t row, int64_t column, int64_t n,
+                        Scratch& scratch) const {
     uint32_t* words = scratch.get<uint32_t>(n + 16);
     if (none_kept)
       std::fill_n(words, n + 16, 0u); // below every threshold
@@ -72,16 +74,20 @@ struct WideEngine {
   using T = T_;
   using A = Acc<T>;
   using Operand = A;
-  // a left tile of 192 × 384 and a product tile of 192 × 256 share a level-2 cache; a strip of W stays in level 1
+  // a left tile of 192 × 384 and a product tile of 192 × 256 share a level-2 cache; a strip of W
+  // stays in level 1
   static constexpr int64_t kBlockRows = 192, kBlockK = 384, kBlockColumns = 256, kRowUnit = 6;
 
   const Kernels<T>& kernels;
-  int64_t lanes() const { return kernels.lanes; }      // unit of a padded rank
-  int64_t strip() const { return 2 * kernels.lanes; }  // columns of a packed strip of W
+  int64_t lanes() const { return kernels.lanes; }     // unit of a padded rank
+  int64_t strip() const { return 2 * kernels.lanes; } // columns of a packed strip of W
 
-  // Left operand of a product over k: rows of x (dropped where the mask says), k padded to the pair with zeros.
-  Tile<Operand> left(int64_t m, int64_t k, const T* x, int64_t stride, const Mask& mask, int64_t row, int64_t column, Scratch& out, Scratch& random) const {
-    const int64_t padded = round_up(k, 2 * lanes()), ld = padded + 16; // rows must not fall into the same cache sets
+  // Left operand of a product over k: rows of x (dropped where the mask says), k padded to the pair
+  // with zeros.
+  Tile<Operand> left(int64_t m, int64_t k, const T* x, int64_t stride, const Mask& mask,
+                     int64_t row, int64_t column, Scratch& out, Scratch& random) const {
+    const int64_t padded = round_up(k, 2 * lanes()),
+                  ld = padded + 16; // rows must not fall into the same cache sets
     A* tile = out.get<A>(m * ld);
     for (int64_t i = 0; i < m; ++i) {
       const uint32_t* words = mask ? mask.words(kernels, row + i, column, k, random) : nullptr;
@@ -92,20 +98,25 @@ struct WideEngine {
 
   // Right operand of a product over rows: the same thing here, so a left tile is used again.
   static constexpr bool kLeftIsRight = true;
-  Tile<Operand> right(int64_t m, int64_t n, const T* x, int64_t stride, const Mask& mask, int64_t row, int64_t column, Scratch& out, Scratch& random) const {
+  Tile<Operand> right(int64_t m, int64_t n, const T* x, int64_t stride, const Mask& mask,
+                      int64_t row, int64_t column, Scratch& out, Scratch& random) const {
     return left(m, n, x, stride, mask, row, column, out, random);
   }
 
-  void gemm(int64_t m, int64_t n, int64_t k, Tile<Operand> a, const T* b, int64_t ldb, A* c, int64_t ldc, bool accumulate) const {
+  void gemm(int64_t m, int64_t n, int64_t k, Tile<Operand> a, const T* b, int64_t ldb, A* c,
+            int64_t ldc, bool accumulate) const {
     kernels.gemm(m, n, k, a.data, a.stride, b, ldb, c, ldc, accumulate);
   }
 
   // c (r, n) += p (r, m) · q (m, n)
-  void outer(int64_t r, int64_t n, int64_t m, const Operand* p, int64_t ldp, Tile<Operand> q, A* c, int64_t ldc) const {
+  void outer(int64_t r, int64_t n, int64_t m, const Operand* p, int64_t ldp, Tile<Operand> q, A* c,
+             int64_t ldc) const {
     kernels.gemm_wide(r, round_up(n, lanes()), m, p, ldp, q.data, q.stride, c, ldc, true);
   }
 
-  void operand(int64_t n, const T* values, Operand* out) const { kernels.widen(n, n, values, nullptr, 0, out); }
+  void operand(int64_t n, const T* values, Operand* out) const {
+    kernels.widen(n, n, values, nullptr, 0, out);
+  }
   void finish() const {}
 };
 
@@ -115,34 +126,40 @@ struct AmxEngine {
   using A = float;
   using Operand = BF16;
   // 64 × 64 × 256 products run out of L1; 256 rows share each 32 KiB piece of W
-  static constexpr int64_t kBlockRows = 256, kBlockK = 256, kBlockColumns = 256, kRowUnit = 32, kTileRows = 64;
+  static constexpr int64_t kBlockRows = 256, kBlockK = 256, kBlockColumns = 256, kRowUnit = 32,
+                           kTileRows = 64;
 
   const Kernels<BF16>& kernels;
   const bool emulated; // plain products instead of brgemm's
   int64_t lanes() const { return 16; }
   int64_t strip() const { return 64; }
 
-  Tile<Operand> left(int64_t m, int64_t k, const T* x, int64_t stride, const Mask& mask, int64_t row, int64_t column, Scratch& out, Scratch& random) const {
+  Tile<Operand> left(int64_t m, int64_t k, const T* x, int64_t stride, const Mask& mask,
+                     int64_t row, int64_t column, Scratch& out, Scratch& random) const {
     if (!mask && k % 2 == 0) return {x, stride};
     const int64_t padded = round_up(k, 2), ld = padded + 32;
     BF16* tile = out.get<BF16>(m * ld);
     for (int64_t i = 0; i < m; ++i) {
-      const uint32_t* words = mask ? mask.words(kernels, row + i, column, k, random) : random.get<uint32_t>(k);
+      const uint32_t* words =
+          mask ? mask.words(kernels, row + i, column, k, random) : random.get<uint32_t>(k);
       kernels.drop(k, padded, x + i * stride, words, mask ? mask.threshold : 0, tile + i * ld);
     }
     return {tile, ld};
   }
 
-  // Pairs of rows interleaved, as brgemm wants its right operand; an odd last row is paired with zeros.
+  // Pairs of rows interleaved, as brgemm wants its right operand; an odd last row is paired with
+  // zeros.
   static constexpr bool kLeftIsRight = false;
-  Tile<Operand> right(int64_t m, int64_t n, const T* x, int64_t stride, const Mask& mask, int64_t row, int64_t column, Scratch& out, Scratch& random) const {
+  Tile<Operand> right(int64_t m, int64_t n, const T* x, int64_t stride, const Mask& mask,
+                      int64_t row, int64_t column, Scratch& out, Scratch& random) const {
     const int64_t ld = round_up(n, 16), pairs = (m + 1) / 2;
     BF16* tile = out.get<BF16>(pairs * 2 * ld + 2 * ld);
     BF16* dropped = tile + pairs * 2 * ld; // two rows
     for (int64_t i = 0; i < m; i += 2) {
       const BF16* rows[2] = {x + i * stride, i + 1 < m ? x + (i + 1) * stride : nullptr};
       for (int64_t j = 0; mask && j < 2 && rows[j]; ++j) {
-        kernels.drop(n, n, rows[j], mask.words(kernels, row + i + j, column, n, random), mask.threshold, dropped + j * ld);
+        kernels.drop(n, n, rows[j], mask.words(kernels, row + i + j, column, n, random),
+                     mask.threshold, dropped + j * ld);
         rows[j] = dropped + j * ld;
       }
       BF16* pair = tile + i * ld;
@@ -152,14 +169,18 @@ struct AmxEngine {
     return {tile, ld};
   }
 
-  void gemm(int64_t m, int64_t n, int64_t k, Tile<Operand> a, const T* b, int64_t ldb, A* c, int64_t ldc, bool accumulate) const {
+  void gemm(int64_t m, int64_t n, int64_t k, Tile<Operand> a, const T* b, int64_t ldb, A* c,
+            int64_t ldc, bool accumulate) const {
     for (int64_t i = 0; i < m; i += kTileRows)
-      brgemm(std::min(kTileRows, m - i), n, k, a.data + i * a.stride, a.stride, b, ldb, c + i * ldc, ldc, accumulate);
+      brgemm(std::min(kTileRows, m - i), n, k, a.data + i * a.stride, a.stride, b, ldb, c + i * ldc,
+             ldc, accumulate);
   }
 
-  void outer(int64_t r, int64_t n, int64_t m, const Operand* p, int64_t ldp, Tile<Operand> q, A* c, int64_t ldc) const {
+  void outer(int64_t r, int64_t n, int64_t m, const Operand* p, int64_t ldp, Tile<Operand> q, A* c,
+             int64_t ldc) const {
     for (int64_t j = 0; j < n; j += 64)
-      gemm(r, std::min<int64_t>(64, round_up(n - j, 16)), round_up(m, 2), {p, ldp}, q.data + 2 * j, q.stride, c + j, ldc, true);
+      gemm(r, std::min<int64_t>(64, round_up(n - j, 16)), round_up(m, 2), {p, ldp}, q.data + 2 * j,
+           q.stride, c + j, ldc, true);
   }
 
   void operand(int64_t n, const T* values, Operand* out) const { std::copy_n(values, n, out); }
@@ -168,18 +189,22 @@ struct AmxEngine {
   }
 
  private:
-  void brgemm(int64_t m, int64_t n, int64_t k, const BF16* a, int64_t lda, const BF16* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) const {
+  void brgemm(int64_t m, int64_t n, int64_t k, const BF16* a, int64_t lda, const BF16* b,
+              int64_t ldb, float* c, int64_t ldc, bool accumulate) const {
     if (emulated) return plain(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
-    at::native::cpublas::brgemm(
-        m, n, k, lda, ldb, ldc, accumulate, reinterpret_cast<const at::BFloat16*>(a), reinterpret_cast<const at::BFloat16*>(b), c, true);
+    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate,
+                                reinterpret_cast<const at::BFloat16*>(a),
+                                reinterpret_cast<const at::BFloat16*>(b), c, true);
   }
 
-  static void plain(int64_t m, int64_t n, int64_t k, const BF16* a, int64_t lda, const BF16* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  static void plain(int64_t m, int64_t n, int64_t k, const BF16* a, int64_t lda, const BF16* b,
+                    int64_t ldb, float* c, int64_t ldc, bool accumulate) {
     auto wide = [](BF16 v) { return c10::bit_cast<float>(uint32_t(v.bits) << 16); };
     for (int64_t i = 0; i < m; ++i)
       for (int64_t j = 0; j < n; ++j) {
         float sum = accumulate ? c[i * ldc + j] : 0.0f;
-        for (int64_t p = 0; p < k; ++p) sum += wide(a[i * lda + p]) * wide(b[p / 2 * 2 * ldb + 2 * j + p % 2]);
+        for (int64_t p = 0; p < k; ++p)
+          sum += wide(a[i * lda + p]) * wide(b[p / 2 * 2 * ldb + 2 * j + p % 2]);
         c[i * ldc + j] = sum;
       }
   }
@@ -212,10 +237,12 @@ void with_engine(at::ScalarType dtype, const Body& body) {
     case at::kHalf:
       return body(WideEngine<F16>{current_kernels<F16>()});
     case at::kBFloat16:
-      if (current_isa() >= Isa::kAmx) return body(AmxEngine{current_kernels<BF16>(), current_isa() == Isa::kAmxEmulated});
+      if (current_isa() >= Isa::kAmx)
+        return body(AmxEngine{current_kernels<BF16>(), current_isa() == Isa::kAmxEmulated});
       return body(WideEngine<BF16>{current_kernels<BF16>()});
     default:
-      TORCH_CHECK_TYPE(false, "x has dtype ", dtype, "; expected float32, bfloat16, float16 or float64");
+      TORCH_CHECK_TYPE(false, "x has dtype ", dtype,
+                       "; expected float32, bfloat16, float16 or float64");
   }
 }
 

@@ -46,14 +46,16 @@ std::vector<std::string> available_isas() {
 
 void set_isa(const std::string& name) {
   for (int i = 0; i <= static_cast<int>(Isa::kAmxEmulated); ++i) {
-    if (name == kNames[i] && (i <= static_cast<int>(best()) || i == static_cast<int>(Isa::kAmxEmulated))) {
+    if (name == kNames[i] &&
+        (i <= static_cast<int>(best()) || i == static_cast<int>(Isa::kAmxEmulated))) {
       asked.store(i, std::memory_order_relaxed);
       return;
     }
   }
   std::string known;
   for (const auto& isa : available_isas()) known += (known.empty() ? "" : ", ") + isa;
-  TORCH_CHECK_VALUE(false, "instruction set '", name, "' cannot be used here; this machine has ", known);
+  TORCH_CHECK_VALUE(false, "instruction set '", name, "' cannot be used here; this machine has ",
+                    known);
 }
 
 } // namespace pelt_fast

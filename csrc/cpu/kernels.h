@@ -14,29 +14,38 @@ struct Kernels {
   const char* name;
   int lanes; // A's in a vector: the unit that packed widths are padded to
 
-  // c (m, n) = or += a (m, k) · b. a is row-major with stride lda, k even where kPair is 2 (pad a with zeros).
-  // b is packed: k / kPair groups of ldb columns of kPair elements. n is a multiple of lanes, ldb >= n.
-  void (*gemm)(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const T* b, int64_t ldb, A* c, int64_t ldc, bool accumulate);
+  // c (m, n) = or += a (m, k) · b. a is row-major with stride lda, k even where kPair is 2 (pad a
+  // with zeros). b is packed: k / kPair groups of ldb columns of kPair elements. n is a multiple of
+  // lanes, ldb >= n.
+  void (*gemm)(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const T* b, int64_t ldb,
+               A* c, int64_t ldc, bool accumulate);
 
   // The same with b (k, n) already in A, row-major.
-  void (*gemm_wide)(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb, A* c, int64_t ldc, bool accumulate);
+  void (*gemm_wide)(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b,
+                    int64_t ldb, A* c, int64_t ldc, bool accumulate);
 
-  // out[0:n] = x[0:n] in A; then zeros up to n_padded. With words: zero wherever words[i] < threshold.
-  void (*widen)(int64_t n, int64_t n_padded, const T* x, const uint32_t* words, uint32_t threshold, A* out);
+  // out[0:n] = x[0:n] in A; then zeros up to n_padded. With words: zero wherever words[i] <
+  // threshold.
+  void (*widen)(int64_t n, int64_t n_padded, const T* x, const uint32_t* words, uint32_t threshold,
+                A* out);
 
   // out[0:n] = x[0:n], zero wherever words[i] < threshold; then zeros up to n_padded.
-  void (*drop)(int64_t n, int64_t n_padded, const T* x, const uint32_t* words, uint32_t threshold, T* out);
+  void (*drop)(int64_t n, int64_t n_padded, const T* x, const uint32_t* words, uint32_t threshold,
+               T* out);
 
-  // out[2 i] = even[i], out[2 i + 1] = odd[i] for i < n (0 where odd is null): two rows in the paired layout.
+  // out[2 i] = even[i], out[2 i + 1] = odd[i] for i < n (0 where odd is null): two rows in the
+  // paired layout.
   void (*interleave)(int64_t n, const T* even, const T* odd, T* out);
 
   // y[0:n] = c[0:n] (+ bias[0:n]) rounded to nearest even.
   void (*narrow)(int64_t n, const A* c, const A* bias, T* y);
 
   // c[0:n] += scale · delta[0:n] wherever words[i] >= threshold.
-  void (*add_masked)(int64_t n, const A* delta, A scale, const uint32_t* words, uint32_t threshold, A* c);
+  void (*add_masked)(int64_t n, const A* delta, A scale, const uint32_t* words, uint32_t threshold,
+                     A* c);
 
-  // words[0:n] = the 32 random bits of elements first .. first + n - 1 (pelt_fast/random.py says which).
+  // words[0:n] = the 32 random bits of elements first .. first + n - 1 (pelt_fast/random.py says
+  // which).
   void (*philox)(uint64_t seed, uint32_t stream, uint64_t first, int64_t n, uint32_t* words);
 };
 

@@ -9,8 +9,8 @@
 #define PELT_BYTES 64
 #define PELT_X86
 #define PELT_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512"
-#include "target_begin.h"
 #include "kernels_impl.h"
+#include "target_begin.h"
 
 PELT_DEFINE_KERNELS(kernels_avx512, isa_avx512)
 #include "target_end.h"

@@ -1,6 +1,7 @@
-// The inner kernels, written once with the compiler's vector types and built once for every instruction set:
-// the including file sets PELT_ISA (a name), PELT_BYTES (vector width) and the target, then includes this.
-// No library header may come in here: an inline function built for a higher set must not leak into the rest.
+// The inner kernels, written once with the compiler's vector types and built once for every
+// instruction set: the including file sets PELT_ISA (a name), PELT_BYTES (vector width) and the
+// target, then includes this. No library header may come in here: an inline function built for a
+// higher set must not leak into the rest.
 #include <cstdint>
 #include <cstring>
 
@@ -48,17 +49,28 @@ PELT_INLINE To bit_cast(From v) {
 
 // ---- one element ----
 
-PELT_INLINE float widen_one(float v) { return v; }
-PELT_INLINE double widen_one(double v) { return v; }
-PELT_INLINE float widen_one(BF16 v) { return bit_cast<float>(uint32_t(v.bits) << 16); }
+PELT_INLINE float widen_one(float v) {
+  return v;
+}
+PELT_INLINE double widen_one(double v) {
+  return v;
+}
+PELT_INLINE float widen_one(BF16 v) {
+  return bit_cast<float>(uint32_t(v.bits) << 16);
+}
 PELT_INLINE float widen_one(F16 v) {
   uint32_t sign = uint32_t(v.bits & 0x8000) << 16, rest = uint32_t(v.bits & 0x7fff) << 13;
   if (rest >= 0x0f800000u) return bit_cast<float>(sign | rest | 0x7f800000u); // inf, nan
-  return bit_cast<float>(bit_cast<uint32_t>(bit_cast<float>(rest) * 0x1p112f) | sign); // rebias; subnormals come out right
+  return bit_cast<float>(bit_cast<uint32_t>(bit_cast<float>(rest) * 0x1p112f) |
+                         sign); // rebias; subnormals come out right
 }
 
-PELT_INLINE void narrow_one(float v, float& out) { out = v; }
-PELT_INLINE void narrow_one(double v, double& out) { out = v; }
+PELT_INLINE void narrow_one(float v, float& out) {
+  out = v;
+}
+PELT_INLINE void narrow_one(double v, double& out) {
+  out = v;
+}
 PELT_INLINE void narrow_one(float v, BF16& out) {
   uint32_t u = bit_cast<uint32_t>(v);
   out.bits = v != v ? uint16_t((u >> 16) | 0x40) : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
@@ -80,9 +92,15 @@ PELT_INLINE void narrow_one(float v, F16& out) {
 
 // ---- one vector ----
 
-PELT_INLINE VF widen_vec(const float* p) { return load<VF>(p); }
-PELT_INLINE Vec<double>::type widen_vec(const double* p) { return load<Vec<double>::type>(p); }
-PELT_INLINE VF widen_vec(const BF16* p) { return bit_cast<VF>(__builtin_convertvector(load<VH>(p), VU) << 16); }
+PELT_INLINE VF widen_vec(const float* p) {
+  return load<VF>(p);
+}
+PELT_INLINE Vec<double>::type widen_vec(const double* p) {
+  return load<Vec<double>::type>(p);
+}
+PELT_INLINE VF widen_vec(const BF16* p) {
+  return bit_cast<VF>(__builtin_convertvector(load<VH>(p), VU) << 16);
+}
 PELT_INLINE VF widen_vec(const F16* p) {
 #if defined(PELT_X86) && PELT_BYTES == 32
   return _mm256_cvtph_ps(load<__m128i>(p));
@@ -95,8 +113,12 @@ PELT_INLINE VF widen_vec(const F16* p) {
 #endif
 }
 
-PELT_INLINE void narrow_vec(VF v, float* p) { store(p, v); }
-PELT_INLINE void narrow_vec(Vec<double>::type v, double* p) { store(p, v); }
+PELT_INLINE void narrow_vec(VF v, float* p) {
+  store(p, v);
+}
+PELT_INLINE void narrow_vec(Vec<double>::type v, double* p) {
+  store(p, v);
+}
 PELT_INLINE void narrow_vec(VF v, BF16* p) {
   VU u = bit_cast<VU>(v);
   VU rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16, quiet = (u >> 16) | 0x40;
@@ -115,18 +137,21 @@ PELT_INLINE void narrow_vec(VF v, F16* p) {
 
 // ---- products ----
 
-// With few rows b is read at the speed of memory, and one stream of it is too little for the hardware to run ahead:
-// 1 KiB ahead measured best of 0.5 to 4, 1.6 times the bytes per second of no prefetch.
+// With few rows b is read at the speed of memory, and one stream of it is too little for the
+// hardware to run ahead: 1 KiB ahead measured best of 0.5 to 4, 1.6 times the bytes per second of
+// no prefetch.
 constexpr int kFewRows = 4;
 template <int bytes, class P>
 PELT_INLINE void prefetch(const P* p) {
 #pragma GCC unroll 8
-  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + 1024 + line);
+  for (int line = 0; line < bytes; line += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + 1024 + line);
 }
 
 // Columns [0, NV · N) of MR rows; the accumulators stay in registers over all of k.
 template <class T, int MR, int NV>
-PELT_INLINE void micro(int64_t k, const Acc<T>* a, int64_t lda, const T* b, int64_t ldb, Acc<T>* c, int64_t ldc, bool accumulate) {
+PELT_INLINE void micro(int64_t k, const Acc<T>* a, int64_t lda, const T* b, int64_t ldb, Acc<T>* c,
+                       int64_t ldc, bool accumulate) {
   using A = Acc<T>;
   using V = typename Vec<A>::type;
   constexpr int N = Vec<A>::N;
@@ -172,28 +197,36 @@ PELT_INLINE void micro(int64_t k, const Acc<T>* a, int64_t lda, const T* b, int6
 }
 
 template <class T, int NV, int MR>
-void rows(int64_t m, int64_t k, const Acc<T>* a, int64_t lda, const T* b, int64_t ldb, Acc<T>* c, int64_t ldc, bool accumulate) {
-  for (; m >= MR; m -= MR, a += MR * lda, c += MR * ldc) micro<T, MR, NV>(k, a, lda, b, ldb, c, ldc, accumulate);
+void rows(int64_t m, int64_t k, const Acc<T>* a, int64_t lda, const T* b, int64_t ldb, Acc<T>* c,
+          int64_t ldc, bool accumulate) {
+  for (; m >= MR; m -= MR, a += MR * lda, c += MR * ldc)
+    micro<T, MR, NV>(k, a, lda, b, ldb, c, ldc, accumulate);
   if constexpr (MR > 1) {
-    if (m > 0) rows<T, NV, (MR > 8 ? 8 : MR > 4 ? 4 : MR / 2)>(m, k, a, lda, b, ldb, c, ldc, accumulate);
+    if (m > 0)
+      rows<T, NV, (MR > 8 ? 8 : MR > 4 ? 4 : MR / 2)>(m, k, a, lda, b, ldb, c, ldc, accumulate);
   }
 }
 
 template <class T>
-void gemm(int64_t m, int64_t n, int64_t k, const Acc<T>* a, int64_t lda, const T* b, int64_t ldb, Acc<T>* c, int64_t ldc, bool accumulate) {
+void gemm(int64_t m, int64_t n, int64_t k, const Acc<T>* a, int64_t lda, const T* b, int64_t ldb,
+          Acc<T>* c, int64_t ldc, bool accumulate) {
   constexpr int N = Vec<Acc<T>>::N;
   // two vectors wide, with rows to fill the registers: 16 of them, or 32 where vectors are 64 bytes
   constexpr int wide_rows = PELT_BYTES == 64 ? 12 : 6, narrow_rows = PELT_BYTES == 64 ? 16 : 12;
-  for (; n >= 2 * N; n -= 2 * N, b += 2 * N * kPair<T>, c += 2 * N) rows<T, 2, wide_rows>(m, k, a, lda, b, ldb, c, ldc, accumulate);
+  for (; n >= 2 * N; n -= 2 * N, b += 2 * N * kPair<T>, c += 2 * N)
+    rows<T, 2, wide_rows>(m, k, a, lda, b, ldb, c, ldc, accumulate);
   if (n > 0) rows<T, 1, narrow_rows>(m, k, a, lda, b, ldb, c, ldc, accumulate);
 }
 
 // ---- elementwise ----
 
-PELT_INLINE VU keep_mask(const uint32_t* words, uint32_t threshold) { return VU(load<VU>(words) >= threshold); }
+PELT_INLINE VU keep_mask(const uint32_t* words, uint32_t threshold) {
+  return VU(load<VU>(words) >= threshold);
+}
 
 template <class T>
-void widen(int64_t n, int64_t n_padded, const T* x, const uint32_t* words, uint32_t threshold, Acc<T>* out) {
+void widen(int64_t n, int64_t n_padded, const T* x, const uint32_t* words, uint32_t threshold,
+           Acc<T>* out) {
   using A = Acc<T>;
   constexpr int N = Vec<A>::N;
   int64_t i = 0;
@@ -202,7 +235,8 @@ void widen(int64_t n, int64_t n_padded, const T* x, const uint32_t* words, uint3
     for (; i < n; ++i) out[i] = widen_one(x[i]);
   } else {
     if constexpr (sizeof(A) == 4) {
-      for (; i + N <= n; i += N) store(out + i, bit_cast<VU>(widen_vec(x + i)) & keep_mask(words + i, threshold));
+      for (; i + N <= n; i += N)
+        store(out + i, bit_cast<VU>(widen_vec(x + i)) & keep_mask(words + i, threshold));
     }
     for (; i < n; ++i) out[i] = words[i] >= threshold ? widen_one(x[i]) : A(0);
   }
@@ -210,7 +244,8 @@ void widen(int64_t n, int64_t n_padded, const T* x, const uint32_t* words, uint3
 }
 
 template <class T>
-void drop(int64_t n, int64_t n_padded, const T* x, const uint32_t* words, uint32_t threshold, T* out) {
+void drop(int64_t n, int64_t n_padded, const T* x, const uint32_t* words, uint32_t threshold,
+          T* out) {
   int64_t i = 0;
   for (; i < n; ++i) out[i] = words[i] >= threshold ? x[i] : T{};
   for (; i < n_padded; ++i) out[i] = T{};
@@ -239,11 +274,13 @@ void narrow(int64_t n, const Acc<T>* c, const Acc<T>* bias, T* y) {
 }
 
 template <class A>
-void add_masked(int64_t n, const A* delta, A scale, const uint32_t* words, uint32_t threshold, A* c) {
+void add_masked(int64_t n, const A* delta, A scale, const uint32_t* words, uint32_t threshold,
+                A* c) {
   int64_t i = 0;
   if constexpr (sizeof(A) == 4) {
     for (; i + L <= n; i += L) {
-      VF added = bit_cast<VF>(bit_cast<VU>(load<VF>(delta + i) * scale) & keep_mask(words + i, threshold));
+      VF added =
+          bit_cast<VF>(bit_cast<VU>(load<VF>(delta + i) * scale) & keep_mask(words + i, threshold));
       store(c + i, load<VF>(c + i) + added);
     }
   }
@@ -267,7 +304,8 @@ PELT_INLINE VL mul_low(VL v, VL constant) {
 }
 
 void philox(uint64_t seed, uint32_t stream, uint64_t first, int64_t n, uint32_t* words) {
-  // One counter per 64-bit lane, its words in the low halves; what is in the high halves never gets back into them.
+  // One counter per 64-bit lane, its words in the low halves; what is in the high halves never gets
+  // back into them.
   constexpr int Q = PELT_BYTES / 8, G = 2; // G independent groups hide the latency of the products
   const VL round_a = VL{} + 0xD2511F53u, round_b = VL{} + 0xCD9E8D57u;
   uint64_t block[2 * Q * G], low[Q * G], high[Q * G];
@@ -316,21 +354,22 @@ void philox(uint64_t seed, uint32_t stream, uint64_t first, int64_t n, uint32_t*
 
 template <class T>
 constexpr Kernels<T> table(const char* name) {
-  return {name, Vec<Acc<T>>::N, gemm<T>, gemm<Acc<T>>, widen<T>, drop<T>, interleave<T>, narrow<T>, add_masked<Acc<T>>, philox};
+  return {name,    Vec<Acc<T>>::N, gemm<T>,   gemm<Acc<T>>,       widen<T>,
+          drop<T>, interleave<T>,  narrow<T>, add_masked<Acc<T>>, philox};
 }
 
 } // namespace
 } // namespace pelt_fast::PELT_ISA
 
-#define PELT_DEFINE_KERNELS(getter, isa)                              \
-  namespace pelt_fast {                                               \
-  template <class T>                                                  \
-  const Kernels<T>& getter() {                                        \
-    static constexpr Kernels<T> kernels = isa::table<T>(#isa);        \
-    return kernels;                                                   \
-  }                                                                   \
-  template const Kernels<float>& getter<float>();                     \
-  template const Kernels<double>& getter<double>();                   \
-  template const Kernels<BF16>& getter<BF16>();                       \
-  template const Kernels<F16>& getter<F16>();                         \
+#define PELT_DEFINE_KERNELS(getter, isa)                       \
+  namespace pelt_fast {                                        \
+  template <class T>                                           \
+  const Kernels<T>& getter() {                                 \
+    static constexpr Kernels<T> kernels = isa::table<T>(#isa); \
+    return kernels;                                            \
+  }                                                            \
+  template const Kernels<float>& getter<float>();              \
+  template const Kernels<double>& getter<double>();            \
+  template const Kernels<BF16>& getter<BF16>();                \
+  template const Kernels<F16>& getter<F16>();                  \
   }

@@ -1,11 +1,12 @@
 // LoRA linear: y = x Wᵀ + b + Σ sᵢ Bᵢᵀ, sᵢ = scalingᵢ · dropᵢ(x) Aᵢᵀ, and its gradients.
 //
-// Forward and dX are one routine, Pass: both multiply rows by a frozen packed matrix, shrink the same rows to the rank
-// and expand the rank into the product's accumulator. Forward shrinks with A and expands with B, and dropout acts on
-// what is shrunk; backward shrinks dY with B (that is dS) and expands with A, and dropout acts on what is expanded.
-// A block of rows is read once: the shrink and the reduction over rows (dB = dYᵀ s) use the tile that the product has
-// in cache. Reductions over rows go to one partial per chunk of rows, added in order, so results do not change between
-// runs with the same number of threads.
+// Forward and dX are one routine, Pass: both multiply rows by a frozen packed matrix, shrink the
+// same rows to the rank and expand the rank into the product's accumulator. Forward shrinks with A
+// and expands with B, and dropout acts on what is shrunk; backward shrinks dY with B (that is dS)
+// and expands with A, and dropout acts on what is expanded. A block of rows is read once: the
+// shrink and the reduction over rows (dB = dYᵀ s) use the tile that the product has in cache.
+// Reductions over rows go to one partial per chunk of rows, added in order, so results do not
+// change between runs with the same number of threads.
 #include "lora.h"
 
 #include <ATen/Functions.h>
@@ -27,7 +28,8 @@ constexpr int64_t kFewRows = 32;
 struct Adapter {
   std::shared_ptr<const Packed> shrink; // (rank, k) in one strip of the padded rank
   std::shared_ptr<const Packed> expand; // (n, padded rank)
-  int64_t rank, padded, offset, padded_offset; // its columns among all adapters', compact and padded
+  int64_t rank, padded, offset,
+      padded_offset; // its columns among all adapters', compact and padded
   double shrink_scale, expand_scale;
   Mask mask; // of the input
 };
@@ -65,7 +67,9 @@ struct Reduction {
   Reduction(int64_t chunks, int64_t r, int64_t n) : r(r), n(n), ld(round_up(n, 64)) {
     partials = at::empty({chunks, r, ld}, at::CppTypeToScalarType<A>::value);
   }
-  A* of(int64_t chunk) const { return static_cast<A*>(partials.mutable_data_ptr()) + chunk * r * ld; }
+  A* of(int64_t chunk) const {
+    return static_cast<A*>(partials.mutable_data_ptr()) + chunk * r * ld;
+  }
   void start(int64_t chunk) const { std::fill_n(of(chunk), r * ld, A(0)); }
 
   // The partials added in order into the first one.
@@ -105,16 +109,18 @@ struct Pass {
   const Adapters& adapters;
   bool mask_expand = false; // dropout acts on what is expanded, else on what is shrunk
   bool shrinks = true;
-  O* shrunk = nullptr;   // (rows, padded): scaled, rounded to T
-  T* s = nullptr;        // (rows, rank): the same, compact; may be null
-  T* y = nullptr;        // (rows, n)
+  O* shrunk = nullptr; // (rows, padded): scaled, rounded to T
+  T* s = nullptr;      // (rows, rank): the same, compact; may be null
+  T* y = nullptr;      // (rows, n)
 
-  // reduction over rows of q = x with p (rows, r) and, as a last row, with ones: dB and the sum of dY
+  // reduction over rows of q = x with p (rows, r) and, as a last row, with ones: dB and the sum of
+  // dY
   const Reduction<A>* sums = nullptr;
   const T* p = nullptr;
   int64_t p_rank = 0;
 
-  // p (m, rank) of stride ld -> (r, m), m padded with a zero to an even count; one more row, of ones, where r > rank.
+  // p (m, rank) of stride ld -> (r, m), m padded with a zero to an even count; one more row, of
+  // ones, where r > rank.
   Tile<O> transposed(int64_t m, int64_t rank, int64_t r, const O* p, int64_t ld) const {
     const int64_t padded = round_up(m, 2);
     O* out = workspace().transposed.template get<O>(r * padded);
@@ -135,7 +141,8 @@ struct Pass {
   }
 
   // Rows [begin, end), strips [strip0, strip1). first: this call shrinks and reduces too.
-  void block(int64_t begin, int64_t end, int64_t strip0, int64_t strip1, bool first, int64_t chunk) const {
+  void block(int64_t begin, int64_t end, int64_t strip0, int64_t strip1, bool first,
+             int64_t chunk) const {
     Workspace& w = workspace();
     const int64_t m = end - begin, width = engine.strip();
     const int64_t strips_at_once = E::kBlockColumns / width;
@@ -149,25 +156,33 @@ struct Pass {
       p_columns = transposed(m, p_rank, sums->r, rows_of_p, p_rank);
     }
     do {
-      const int64_t stop = std::min(strip1, strip0 + strips_at_once), columns = (stop - strip0) * width;
+      const int64_t stop = std::min(strip1, strip0 + strips_at_once),
+                    columns = (stop - strip0) * width;
       A* c = columns ? w.product.template get<A>(m * columns) : nullptr;
       for (int64_t k0 = 0; k0 < k; k0 += block_k) {
         const int64_t kc = std::min(k - k0, block_k), kp = round_up(kc, kPair<T>);
         const T* from = x + begin * stride + k0;
         const Tile<O> tile = engine.left(m, kc, from, stride, Mask{}, 0, 0, w.left, w.random);
         for (int64_t strip = strip0; strip < stop; ++strip)
-          engine.gemm(m, width, kp, tile, weight->at<T>(strip, k0), width, c + (strip - strip0) * width, columns, k0 > 0);
+          engine.gemm(m, width, kp, tile, weight->at<T>(strip, k0), width,
+                      c + (strip - strip0) * width, columns, k0 > 0);
         if (!first) continue;
         if (shrinks) {
           for (const Adapter& a : adapters.each) {
             const bool masked = a.mask && !mask_expand;
-            const Tile<O> in = masked ? engine.left(m, kc, from, stride, a.mask, begin, k0, w.masked, w.random) : tile;
-            engine.gemm(m, a.padded, kp, in, a.shrink->at<T>(0, k0), a.padded, s_tile + a.padded_offset, adapters.padded, k0 > 0);
+            const Tile<O> in =
+                masked ? engine.left(m, kc, from, stride, a.mask, begin, k0, w.masked, w.random)
+                       : tile;
+            engine.gemm(m, a.padded, kp, in, a.shrink->at<T>(0, k0), a.padded,
+                        s_tile + a.padded_offset, adapters.padded, k0 > 0);
           }
         }
         if (sums) {
-          const Tile<O> q = E::kLeftIsRight ? tile : engine.right(m, kc, from, stride, Mask{}, 0, 0, w.right, w.random);
-          engine.outer(sums->r, kc, m, p_columns.data, p_columns.stride, q, sums->of(chunk) + k0, sums->ld);
+          const Tile<O> q =
+              E::kLeftIsRight ? tile
+                              : engine.right(m, kc, from, stride, Mask{}, 0, 0, w.right, w.random);
+          engine.outer(sums->r, kc, m, p_columns.data, p_columns.stride, q, sums->of(chunk) + k0,
+                       sums->ld);
         }
       }
       if (first && shrinks) finish_shrink(begin, m, s_tile);
@@ -175,7 +190,9 @@ struct Pass {
       if (columns) {
         expand(begin, m, strip0, stop, c, columns);
         const int64_t n0 = strip0 * width, n = std::min(columns, weight->n - n0);
-        for (int64_t i = 0; i < m; ++i) engine.kernels.narrow(n, c + i * columns, bias ? bias + n0 : nullptr, y + (begin + i) * weight->n + n0);
+        for (int64_t i = 0; i < m; ++i)
+          engine.kernels.narrow(n, c + i * columns, bias ? bias + n0 : nullptr,
+                                y + (begin + i) * weight->n + n0);
       }
       strip0 = stop;
     } while (strip0 < strip1);
@@ -188,27 +205,32 @@ struct Pass {
       for (const Adapter& a : adapters.each)
         for (int64_t j = 0; j < a.padded; ++j) {
           A& value = s_tile[a.padded_offset + j];
-          value = j < a.rank ? value * A(a.shrink_scale) : A(0); // an infinite x made the padding nan
+          value =
+              j < a.rank ? value * A(a.shrink_scale) : A(0); // an infinite x made the padding nan
         }
       engine.kernels.narrow(adapters.padded, s_tile, nullptr, row);
       engine.operand(adapters.padded, row, shrunk + (begin + i) * adapters.padded);
       for (const Adapter& a : adapters.each)
-        if (s) std::copy_n(row + a.padded_offset, a.rank, s + (begin + i) * adapters.rank + a.offset);
+        if (s)
+          std::copy_n(row + a.padded_offset, a.rank, s + (begin + i) * adapters.rank + a.offset);
     }
   }
 
   void expand(int64_t begin, int64_t m, int64_t strip0, int64_t stop, A* c, int64_t columns) const {
     Workspace& w = workspace();
-    const int64_t width = engine.strip(), n0 = strip0 * width, n = std::min(columns, weight->n - n0);
+    const int64_t width = engine.strip(), n0 = strip0 * width,
+                  n = std::min(columns, weight->n - n0);
     for (const Adapter& a : adapters.each) {
       const bool masked = a.mask && mask_expand;
       A* out = masked ? w.delta.template get<A>(m * columns) : c;
       const Tile<O> in{shrunk + begin * adapters.padded + a.padded_offset, adapters.padded};
       for (int64_t strip = strip0; strip < stop; ++strip)
-        engine.gemm(m, width, a.padded, in, a.expand->at<T>(strip), width, out + (strip - strip0) * width, columns, !masked);
+        engine.gemm(m, width, a.padded, in, a.expand->at<T>(strip), width,
+                    out + (strip - strip0) * width, columns, !masked);
       for (int64_t i = 0; masked && i < m; ++i) {
         const uint32_t* words = a.mask.words(engine.kernels, begin + i, n0, n, w.random);
-        engine.kernels.add_masked(n, out + i * columns, A(a.expand_scale), words, a.mask.threshold, c + i * columns);
+        engine.kernels.add_masked(n, out + i * columns, A(a.expand_scale), words, a.mask.threshold,
+                                  c + i * columns);
       }
     }
   }
@@ -221,7 +243,8 @@ struct Plan {
   Plan(int64_t rows, int64_t most, int64_t unit) : rows(rows) {
     const int64_t threads = at::get_num_threads();
     // as many blocks for every thread; small inputs get smaller blocks before threads go idle
-    const int64_t wanted = round_up(std::max<int64_t>(1, (rows + most - 1) / most), std::min(threads, std::max<int64_t>(1, rows / 64)));
+    const int64_t wanted = round_up(std::max<int64_t>(1, (rows + most - 1) / most),
+                                    std::min(threads, std::max<int64_t>(1, rows / 64)));
     block = round_up((rows + wanted - 1) / wanted, unit);
     blocks = (rows + block - 1) / block;
     chunks = std::min(threads, blocks);
@@ -238,12 +261,14 @@ struct Plan {
   }
 };
 
-// Runs a pass over all rows; after(chunk, is first block of the chunk, begin, end) follows each block.
+// Runs a pass over all rows; after(chunk, is first block of the chunk, begin, end) follows each
+// block.
 template <class E, class Start, class After>
 void run_pass(const Pass<E>& pass, const Plan& plan, const Start& start, const After& after) {
   const int64_t strips = pass.weight ? pass.weight->strips() : 0, threads = at::get_num_threads();
   // too few rows for all threads: the product is split over columns as well, after the shrink
-  const int64_t splits = plan.chunks >= threads ? 1 : std::min(strips, (threads + plan.blocks - 1) / plan.blocks);
+  const int64_t splits =
+      plan.chunks >= threads ? 1 : std::min(strips, (threads + plan.blocks - 1) / plan.blocks);
   plan.run([&](int64_t chunk, bool opens, int64_t begin, int64_t end) {
     if (opens) start(chunk);
     pass.block(begin, end, 0, splits > 1 ? 0 : strips, true, chunk);
@@ -254,7 +279,8 @@ void run_pass(const Pass<E>& pass, const Plan& plan, const Start& start, const A
     at::parallel_for(0, plan.blocks * splits, 1, [&](int64_t from, int64_t to) {
       for (int64_t task = from; task < to; ++task) {
         const int64_t b = task / splits, part = task % splits;
-        pass.block(b * plan.block, std::min(plan.rows, (b + 1) * plan.block), strips * part / splits, strips * (part + 1) / splits, false, 0);
+        pass.block(b * plan.block, std::min(plan.rows, (b + 1) * plan.block),
+                   strips * part / splits, strips * (part + 1) / splits, false, 0);
       }
       pass.engine.finish();
     });
@@ -262,7 +288,10 @@ void run_pass(const Pass<E>& pass, const Plan& plan, const Start& start, const A
 }
 
 template <class E>
-Adapters make_adapters(const E& engine, at::ScalarType dtype, const std::vector<at::Tensor>& lora_a, const std::vector<at::Tensor>& lora_b, bool forward, bool expands, const std::vector<double>& scaling, const std::vector<double>& dropout_p, const OptionalTensor& seed) {
+Adapters make_adapters(const E& engine, at::ScalarType dtype, const std::vector<at::Tensor>& lora_a,
+                       const std::vector<at::Tensor>& lora_b, bool forward, bool expands,
+                       const std::vector<double>& scaling, const std::vector<double>& dropout_p,
+                       const OptionalTensor& seed) {
   using T = typename E::T;
   Adapters out;
   for (size_t i = 0; i < lora_a.size(); ++i) {
@@ -276,7 +305,9 @@ Adapters make_adapters(const E& engine, at::ScalarType dtype, const std::vector<
     a.shrink_scale = forward ? scaling[i] * keep : scaling[i];
     a.expand_scale = forward ? 1.0 : keep;
     a.shrink = packed(forward ? lora_a[i] : lora_b[i].t(), dtype, a.padded, kPair<T>, kPair<T>);
-    if (expands) a.expand = packed(forward ? lora_b[i] : lora_a[i].t(), dtype, engine.strip(), kPair<T>, engine.lanes());
+    if (expands)
+      a.expand = packed(forward ? lora_b[i] : lora_a[i].t(), dtype, engine.strip(), kPair<T>,
+                        engine.lanes());
     out.rank += a.rank;
     out.padded += a.padded;
     out.any_mask = out.any_mask || a.mask;
@@ -285,9 +316,11 @@ Adapters make_adapters(const E& engine, at::ScalarType dtype, const std::vector<
   return out;
 }
 
-// b + Σ scalingᵢ · lora_biasᵢ in the accumulator's type, padded to whole strips; undefined when there is none.
+// b + Σ scalingᵢ · lora_biasᵢ in the accumulator's type, padded to whole strips; undefined when
+// there is none.
 template <class A>
-at::Tensor total_bias(const OptionalTensor& bias, const std::vector<OptionalTensor>& lora_bias, const std::vector<double>& scaling) {
+at::Tensor total_bias(const OptionalTensor& bias, const std::vector<OptionalTensor>& lora_bias,
+                      const std::vector<double>& scaling) {
   constexpr at::ScalarType wide = at::CppTypeToScalarType<A>::value;
   at::Tensor sum;
   if (bias) sum = bias->to(wide);
@@ -304,10 +337,13 @@ const T* data(const at::Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
 }
 
-// lora_a[i] of a compact or padded sum (rows, n): rows [offset, offset + r), times scale, in the parameter's dtype.
+// lora_a[i] of a compact or padded sum (rows, n): rows [offset, offset + r), times scale, in the
+// parameter's dtype.
 template <class A>
-at::Tensor gradient(const A* sum, int64_t ld, int64_t offset, int64_t r, int64_t n, double scale, bool transpose, at::ScalarType dtype) {
-  at::Tensor view = at::from_blob(const_cast<A*>(sum) + offset * ld, {r, n}, {ld, 1}, at::TensorOptions().dtype(at::CppTypeToScalarType<A>::value));
+at::Tensor gradient(const A* sum, int64_t ld, int64_t offset, int64_t r, int64_t n, double scale,
+                    bool transpose, at::ScalarType dtype) {
+  at::Tensor view = at::from_blob(const_cast<A*>(sum) + offset * ld, {r, n}, {ld, 1},
+                                  at::TensorOptions().dtype(at::CppTypeToScalarType<A>::value));
   if (transpose) view = view.t();
   if (scale != 1.0) view = view.mul(scale);
   at::Tensor out = at::empty(view.sizes(), view.options().dtype(dtype));
@@ -322,27 +358,25 @@ bool any(const std::vector<bool>& flags) {
 } // namespace
 
 std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
-    const at::Tensor& x,
-    const at::Tensor& weight,
-    const OptionalTensor& bias,
-    const std::vector<at::Tensor>& lora_a,
-    const std::vector<at::Tensor>& lora_b,
-    const std::vector<OptionalTensor>& lora_bias,
-    const std::vector<double>& scaling,
-    const std::vector<double>& dropout_p,
-    const OptionalTensor& seed) {
+    const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+    const std::vector<at::Tensor>& lora_a, const std::vector<at::Tensor>& lora_b,
+    const std::vector<OptionalTensor>& lora_bias, const std::vector<double>& scaling,
+    const std::vector<double>& dropout_p, const OptionalTensor& seed) {
   at::Tensor y, s;
   with_engine(x.scalar_type(), [&](const auto& engine) {
     using E = std::decay_t<decltype(engine)>;
     using T = typename E::T;
     const auto pack = packed(weight, x.scalar_type(), engine.strip(), kPair<T>, kPair<T>);
-    const Adapters adapters = make_adapters(engine, x.scalar_type(), lora_a, lora_b, true, true, scaling, dropout_p, seed);
+    const Adapters adapters = make_adapters(engine, x.scalar_type(), lora_a, lora_b, true, true,
+                                            scaling, dropout_p, seed);
     const at::Tensor biases = total_bias<typename E::A>(bias, lora_bias, scaling);
     y = empty_rows(x.size(0), weight.size(0), x.options());
     s = at::empty({x.size(0), adapters.rank}, x.options());
     const Plan plan(x.size(0), E::kBlockRows, E::kRowUnit);
-    const at::Tensor shrunk = at::empty({x.size(0) * adapters.padded * int64_t(sizeof(typename E::Operand))}, at::kByte);
-    Pass<E> pass{engine, data<T>(x), x.size(0), x.size(1), x.stride(0), pack.get(), nullptr, adapters};
+    const at::Tensor shrunk =
+        at::empty({x.size(0) * adapters.padded * int64_t(sizeof(typename E::Operand))}, at::kByte);
+    Pass<E> pass{engine,      data<T>(x), x.size(0), x.size(1),
+                 x.stride(0), pack.get(), nullptr,   adapters};
     if (biases.defined()) pass.bias = data<typename E::A>(biases);
     pass.shrunk = static_cast<typename E::Operand*>(shrunk.mutable_data_ptr());
     pass.s = static_cast<T*>(s.mutable_data_ptr());
@@ -352,21 +386,14 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
   return {y, s};
 }
 
-LoRAGradients lora_linear_bwd(
-    const at::Tensor& dy,
-    const OptionalTensor& x,
-    const at::Tensor& weight,
-    const std::vector<at::Tensor>& lora_a,
-    const std::vector<at::Tensor>& lora_b,
-    const OptionalTensor& s,
-    const std::vector<double>& scaling,
-    const std::vector<double>& dropout_p,
-    const OptionalTensor& seed,
-    bool need_dx,
-    bool need_dbias,
-    const std::vector<bool>& need_da,
-    const std::vector<bool>& need_db,
-    const std::vector<bool>& need_dlora_bias) {
+LoRAGradients lora_linear_bwd(const at::Tensor& dy, const OptionalTensor& x,
+                              const at::Tensor& weight, const std::vector<at::Tensor>& lora_a,
+                              const std::vector<at::Tensor>& lora_b, const OptionalTensor& s,
+                              const std::vector<double>& scaling,
+                              const std::vector<double>& dropout_p, const OptionalTensor& seed,
+                              bool need_dx, bool need_dbias, const std::vector<bool>& need_da,
+                              const std::vector<bool>& need_db,
+                              const std::vector<bool>& need_dlora_bias) {
   LoRAGradients out;
   const size_t n = lora_a.size();
   out.da.resize(n);
@@ -385,8 +412,11 @@ LoRAGradients lora_linear_bwd(
     std::shared_ptr<const Packed> pack;
     if (need_dx) pack = packed(weight.t(), dtype, engine.strip(), kPair<T>, kPair<T>);
     Adapters adapters;
-    if (need_ds) adapters = make_adapters(engine, dtype, lora_a, lora_b, false, need_dx, scaling, dropout_p, seed);
-    Pass<E> pass{engine, data<T>(dy), rows, out_features, dy.stride(0), pack.get(), nullptr, adapters};
+    if (need_ds)
+      adapters =
+          make_adapters(engine, dtype, lora_a, lora_b, false, need_dx, scaling, dropout_p, seed);
+    Pass<E> pass{engine,       data<T>(dy), rows,    out_features,
+                 dy.stride(0), pack.get(),  nullptr, adapters};
     pass.mask_expand = true;
     pass.shrinks = need_ds;
     const at::Tensor shrunk = at::empty({rows * adapters.padded * int64_t(sizeof(O))}, at::kByte);
@@ -413,20 +443,25 @@ LoRAGradients lora_linear_bwd(
       if (!over_x.r) return;
       Workspace& w = workspace();
       const int64_t m = end - begin;
-const Tile<O> ds = pass.transposed(m, adapters.padded, adapters.padded, pass.shrunk + begin * adapters.padded, adapters.padded);
+      const Tile<O> ds = pass.transposed(m, adapters.padded, adapters.padded,
+                                         pass.shrunk + begin * adapters.padded, adapters.padded);
       for (int64_t k0 = 0; k0 < in_features; k0 += E::kBlockK) {
         const int64_t kc = std::min(in_features - k0, E::kBlockK);
         const T* from = data<T>(*x) + begin * x->stride(0) + k0;
         A* to = over_x.of(chunk) + k0;
         if (!adapters.any_mask) {
-          engine.outer(adapters.padded, kc, m, ds.data, ds.stride, engine.right(m, kc, from, x->stride(0), Mask{}, 0, 0, w.right, w.random), to, over_x.ld);
+          engine.outer(adapters.padded, kc, m, ds.data, ds.stride,
+                       engine.right(m, kc, from, x->stride(0), Mask{}, 0, 0, w.right, w.random), to,
+                       over_x.ld);
           continue;
         }
         for (size_t i = 0; i < n; ++i) {
           const Adapter& a = adapters.each[i];
           if (!need_da[i]) continue;
-          const Tile<O> q = engine.right(m, kc, from, x->stride(0), a.mask, begin, k0, w.right, w.random);
-          engine.outer(a.padded, kc, m, ds.data + a.padded_offset * ds.stride, ds.stride, q, to + a.padded_offset * over_x.ld, over_x.ld);
+          const Tile<O> q =
+              engine.right(m, kc, from, x->stride(0), a.mask, begin, k0, w.right, w.random);
+          engine.outer(a.padded, kc, m, ds.data + a.padded_offset * ds.stride, ds.stride, q,
+                       to + a.padded_offset * over_x.ld, over_x.ld);
         }
       }
     };
@@ -443,13 +478,21 @@ const Tile<O> ds = pass.transposed(m, adapters.padded, adapters.padded, pass.shr
       const int64_t rank = lora_a[i].size(0);
       if (need_da[i]) {
         const Adapter& a = adapters.each[i];
-        out.da[i] = gradient(x_total, over_x.ld, a.padded_offset, rank, in_features, a.expand_scale, false, lora_a[i].scalar_type());
+        out.da[i] = gradient(x_total, over_x.ld, a.padded_offset, rank, in_features, a.expand_scale,
+                             false, lora_a[i].scalar_type());
       }
-      if (need_db[i]) out.db[i] = gradient(dy_total, over_dy.ld, offset, rank, out_features, 1.0, true, lora_b[i].scalar_type());
-      if (need_dlora_bias[i]) out.dlora_bias[i] = gradient(dy_total, over_dy.ld, over_dy.r - 1, 1, out_features, scaling[i], false, lora_b[i].scalar_type()).reshape({out_features});
+      if (need_db[i])
+        out.db[i] = gradient(dy_total, over_dy.ld, offset, rank, out_features, 1.0, true,
+                             lora_b[i].scalar_type());
+      if (need_dlora_bias[i])
+        out.dlora_bias[i] = gradient(dy_total, over_dy.ld, over_dy.r - 1, 1, out_features,
+                                     scaling[i], false, lora_b[i].scalar_type())
+                                .reshape({out_features});
       offset += rank;
     }
-    if (need_dbias) out.dbias = gradient(dy_total, over_dy.ld, over_dy.r - 1, 1, out_features, 1.0, false, dtype).reshape({out_features});
+    if (need_dbias)
+      out.dbias = gradient(dy_total, over_dy.ld, over_dy.r - 1, 1, out_features, 1.0, false, dtype)
+                      .reshape({out_features});
   });
   return out;
 }

@@ -16,27 +16,32 @@ namespace pelt_fast {
 namespace {
 
 template <class U>
-void fill_strip(const U* source, int64_t n, int64_t k, int64_t stride_n, int64_t stride_k, int64_t strip, int64_t pair, int64_t k_padded, U* out) {
+void fill_strip(const U* source, int64_t n, int64_t k, int64_t stride_n, int64_t stride_k,
+                int64_t strip, int64_t pair, int64_t k_padded, U* out) {
   // blocks of rows of k: whichever of the two strides is 1, its run stays in cache
   for (int64_t k0 = 0; k0 < k_padded; k0 += 64) {
     const int64_t k1 = std::min(k0 + 64, k_padded);
     for (int64_t j = 0; j < strip; ++j)
       for (int64_t i = k0; i < k1; ++i)
-        out[(i / pair) * strip * pair + j * pair + i % pair] = j < n && i < k ? source[j * stride_n + i * stride_k] : U(0);
+        out[(i / pair) * strip * pair + j * pair + i % pair] =
+            j < n && i < k ? source[j * stride_n + i * stride_k] : U(0);
   }
 }
 
 template <class U>
-void fill(const U* source, int64_t stride_n, int64_t stride_k, int64_t pair, const Packed& pack, U* out) {
+void fill(const U* source, int64_t stride_n, int64_t stride_k, int64_t pair, const Packed& pack,
+          U* out) {
   const int64_t strip = pack.strip, size = strip * pack.k_padded;
   const int64_t grain = std::max<int64_t>(1, 65536 / size);
   at::parallel_for(0, pack.strips(), grain, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s)
-      fill_strip(source + s * strip * stride_n, pack.n - s * strip, pack.k, stride_n, stride_k, strip, pair, pack.k_padded, out + s * size);
+      fill_strip(source + s * strip * stride_n, pack.n - s * strip, pack.k, stride_n, stride_k,
+                 strip, pair, pack.k_padded, out + s * size);
   });
 }
 
-std::shared_ptr<const Packed> make(const at::Tensor& source, at::ScalarType dtype, int64_t strip, int64_t pair, int64_t k_unit) {
+std::shared_ptr<const Packed> make(const at::Tensor& source, at::ScalarType dtype, int64_t strip,
+                                   int64_t pair, int64_t k_unit) {
   const at::Tensor from = source.detach().to(dtype);
   auto pack = std::make_shared<Packed>();
   pack->n = from.size(0);
@@ -49,24 +54,29 @@ std::shared_ptr<const Packed> make(const at::Tensor& source, at::ScalarType dtyp
   void* out = pack->data.mutable_data_ptr();
   switch (from.element_size()) {
     case 2:
-      fill(static_cast<const uint16_t*>(bits), from.stride(0), from.stride(1), pair, *pack, static_cast<uint16_t*>(out));
+      fill(static_cast<const uint16_t*>(bits), from.stride(0), from.stride(1), pair, *pack,
+           static_cast<uint16_t*>(out));
       break;
     case 4:
-      fill(static_cast<const uint32_t*>(bits), from.stride(0), from.stride(1), pair, *pack, static_cast<uint32_t*>(out));
+      fill(static_cast<const uint32_t*>(bits), from.stride(0), from.stride(1), pair, *pack,
+           static_cast<uint32_t*>(out));
       break;
     default:
-      fill(static_cast<const uint64_t*>(bits), from.stride(0), from.stride(1), pair, *pack, static_cast<uint64_t*>(out));
+      fill(static_cast<const uint64_t*>(bits), from.stride(0), from.stride(1), pair, *pack,
+           static_cast<uint64_t*>(out));
   }
   return pack;
 }
 
-// What the contents look like: all bytes of a small tensor; of a large one a walk that meets every row and every column.
-// It finds what the version counter does not see: changes through .data or through memory shared with NumPy. A change of
-// a few elements of a large weight on that road can escape it.
+// What the contents look like: all bytes of a small tensor; of a large one a walk that meets every
+// row and every column. It finds what the version counter does not see: changes through .data or
+// through memory shared with NumPy. A change of a few elements of a large weight on that road can
+// escape it.
 uint64_t fingerprint(const at::Tensor& t) {
   constexpr int64_t kWhole = 1 << 16;
   const auto* bytes = static_cast<const char*>(t.const_data_ptr());
-  const int64_t width = t.element_size(), rows = t.size(0), columns = t.size(1), count = rows * columns;
+  const int64_t width = t.element_size(), rows = t.size(0), columns = t.size(1),
+                count = rows * columns;
   uint64_t hash = 0x9E3779B97F4A7C15ull;
   auto mix = [&](const char* from, int64_t size) {
     uint64_t word = 0;
@@ -75,10 +85,12 @@ uint64_t fingerprint(const at::Tensor& t) {
     hash ^= hash >> 32;
   };
   if (count * width <= kWhole && t.is_non_overlapping_and_dense()) {
-    for (int64_t i = 0; i < count * width; i += 8) mix(bytes + i, std::min<int64_t>(8, count * width - i));
+    for (int64_t i = 0; i < count * width; i += 8)
+      mix(bytes + i, std::min<int64_t>(8, count * width - i));
     return hash;
   }
-  int64_t step = columns * 5 / 8 | 1; // far from its neighbour, and coprime so that every column comes up
+  int64_t step =
+      columns * 5 / 8 | 1; // far from its neighbour, and coprime so that every column comes up
   while (std::gcd(step, columns) != 1) ++step;
   const int64_t samples = std::max(rows, columns);
   for (int64_t i = 0; i < samples; ++i) {
@@ -90,7 +102,8 @@ uint64_t fingerprint(const at::Tensor& t) {
 
 struct Key {
   const void* storage;
-  std::array<int64_t, 8> numbers; // offset, sizes, strides, source dtype and dtype, strip, pair and unit
+  std::array<int64_t, 8>
+      numbers; // offset, sizes, strides, source dtype and dtype, strip, pair and unit
   bool operator==(const Key& other) const = default;
 };
 
@@ -113,18 +126,13 @@ struct Entry {
 
 class Cache {
  public:
-  std::shared_ptr<const Packed> get(const at::Tensor& source, at::ScalarType dtype, int64_t strip, int64_t pair, int64_t k_unit) {
+  std::shared_ptr<const Packed> get(const at::Tensor& source, at::ScalarType dtype, int64_t strip,
+                                    int64_t pair, int64_t k_unit) {
     c10::StorageImpl* storage = source.storage().unsafeGetStorageImpl();
-    const Key key{
-        storage,
-        {source.storage_offset(),
-         source.size(0),
-         source.size(1),
-         source.stride(0),
-         source.stride(1),
-         int64_t(source.scalar_type()) * 256 + int64_t(dtype),
-         strip,
-         pair * 4096 + k_unit}};
+    const Key key{storage,
+                  {source.storage_offset(), source.size(0), source.size(1), source.stride(0),
+                   source.stride(1), int64_t(source.scalar_type()) * 256 + int64_t(dtype), strip,
+                   pair * 4096 + k_unit}};
     const void* address = source.const_data_ptr();
     const int64_t version = source.is_inference() ? 0 : int64_t(source._version());
     const uint64_t contents = fingerprint(source);
@@ -133,13 +141,15 @@ class Cache {
       auto found = index_.find(key);
       if (found != index_.end()) {
         Entry& entry = *found->second;
-        if (entry.address == address && entry.version == version && entry.contents == contents && !entry.alive.expired()) {
+        if (entry.address == address && entry.version == version && entry.contents == contents &&
+            !entry.alive.expired()) {
           entries_.splice(entries_.begin(), entries_, found->second);
           return entry.pack;
         }
       }
     }
-    auto pack = make(source, dtype, strip, pair, k_unit); // outside the lock: it takes long and uses other threads
+    auto pack = make(source, dtype, strip, pair,
+                     k_unit); // outside the lock: it takes long and uses other threads
     std::lock_guard<std::mutex> lock(mutex_);
     forget_freed();
     auto found = index_.find(key);
@@ -148,7 +158,8 @@ class Cache {
     if (size > limit_) return pack;
     while (bytes_ + size > limit_) erase(std::prev(entries_.end()));
     entries_.push_front(
-        {key, c10::weak_intrusive_ptr<c10::StorageImpl>(source.storage().getWeakStorageImpl()), address, version, contents, pack});
+        {key, c10::weak_intrusive_ptr<c10::StorageImpl>(source.storage().getWeakStorageImpl()),
+         address, version, contents, pack});
     index_[key] = entries_.begin();
     bytes_ += size;
     return pack;
@@ -197,13 +208,15 @@ class Cache {
 };
 
 Cache& cache() {
-  static Cache* const cache = new Cache; // never destroyed: tensors may outlive the library's statics
+  static Cache* const cache =
+      new Cache; // never destroyed: tensors may outlive the library's statics
   return *cache;
 }
 
 } // namespace
 
-std::shared_ptr<const Packed> packed(const at::Tensor& source, at::ScalarType dtype, int64_t strip, int64_t pair, int64_t k_unit) {
+std::shared_ptr<const Packed> packed(const at::Tensor& source, at::ScalarType dtype, int64_t strip,
+                                     int64_t pair, int64_t k_unit) {
   return cache().get(source, dtype, strip, pair, k_unit);
 }
 

@@ -7,8 +7,8 @@
 
 namespace pelt_fast {
 
-// A matrix (n, k) as strips of `strip` columns; a strip is k_padded / pair groups of strip × pair elements.
-// Columns past n and rows past k are zero.
+// A matrix (n, k) as strips of `strip` columns; a strip is k_padded / pair groups of strip × pair
+// elements. Columns past n and rows past k are zero.
 struct Packed {
   at::Tensor data;
   int64_t n, k, k_padded, strip;
@@ -21,10 +21,12 @@ struct Packed {
   }
 };
 
-// Packs source (n, k), any strides, cast to dtype, k padded to a multiple of k_unit (itself one of pair). The pack is kept, and given again only while the source is the same
-// storage at the same version with the same contents: by hash, all of a small tensor and a walk through a large one, for
-// what the version counter does not see. A freed source takes its packs with it.
-std::shared_ptr<const Packed> packed(const at::Tensor& source, at::ScalarType dtype, int64_t strip, int64_t pair, int64_t k_unit);
+// Packs source (n, k), any strides, cast to dtype, k padded to a multiple of k_unit (itself one of
+// pair). The pack is kept, and given again only while the source is the same storage at the same
+// version with the same contents: by hash, all of a small tensor and a walk through a large one,
+// for what the version counter does not see. A freed source takes its packs with it.
+std::shared_ptr<const Packed> packed(const at::Tensor& source, at::ScalarType dtype, int64_t strip,
+                                     int64_t pair, int64_t k_unit);
 
 int64_t packed_bytes();
 void clear_packed();

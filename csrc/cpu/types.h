@@ -1,4 +1,5 @@
-// Element types as plain bits: the kernels must not pull library headers into code built for a higher instruction set.
+// Element types as plain bits: the kernels must not pull library headers into code built for a
+// higher instruction set.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +25,8 @@ struct AccOf<double> {
 template <class T>
 using Acc = typename AccOf<T>::type;
 
-// Rows of k that lie interleaved in a packed operand: bf16 comes in pairs (the "VNNI" layout of AMX and AVX-512).
+// Rows of k that lie interleaved in a packed operand: bf16 comes in pairs (the "VNNI" layout of AMX
+// and AVX-512).
 template <class T>
 constexpr int kPair = 1;
 template <>
