@@ -9,8 +9,10 @@
 #define PELT_BYTES 32
 #define PELT_X86
 #define PELT_TARGET "avx2,fma,f16c"
-#include "kernels_impl.h"
+// clang-format off: the order is the point
 #include "target_begin.h"
+#include "kernels_impl.h"
+// clang-format on
 
 PELT_DEFINE_KERNELS(kernels_avx2, isa_avx2)
 #include "target_end.h"
