@@ -13,7 +13,8 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 DEPS := $(VENV)/.pelt-fast-deps
 DATA := $(VENV)/.pelt-fast-bench-data
-BUILT := $(VENV)/.pelt-fast-built
+# In the checkout, where the extension is; one for each environment, whose Python it is built for.
+BUILT := build/built-for-$(subst /,-,$(VENV))
 CPP := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 PYTEST := $(RUN) -m pytest $(PYTEST_ARGS)
 
@@ -36,7 +37,7 @@ $(DEPS): pyproject.toml | $(RUN)
 # In place, so that ninja compiles only what changed and its messages are seen.
 $(BUILT): setup.py $(CPP) $(DEPS)
 	$(RUN) setup.py -q build_ext --inplace
-	@touch $@
+	@mkdir -p build && touch $@
 
 # Model and text of the fine-tune in bench/; their own dependencies are not needed.
 $(DATA): | $(RUN)
@@ -80,4 +81,4 @@ ci:  ## what continuous integration runs
 	.ci/run
 
 clean:  ## remove build outputs, keep the environment
-	rm -rf build dist pelt_fast/_C*.so pelt_fast/_build_info.json $(BUILT)
+	rm -rf build dist pelt_fast/_C*.so pelt_fast/_build_info.json
