@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -246,6 +247,14 @@ def accelerated() -> Callable[[nn.Module], nn.Module]:
         return model
 
     return accelerated
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # PEFT calls what transformers 5 has deprecated
+    mark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*")
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(mark)
 
 
 @pytest.fixture(autouse=True)

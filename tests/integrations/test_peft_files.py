@@ -55,10 +55,12 @@ def test_parameters_are_the_same_objects(plain) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "t5", "gpt2", "llama"])
-def test_save_pretrained_writes_the_same_bytes(architecture, make, accelerated, tmp_path) -> None:
-    plain = make(architecture)
-    accelerated(plain).save_pretrained(tmp_path / "fast")
-    plain.save_pretrained(tmp_path / "plain")
+def test_save_pretrained_writes_the_same_bytes(architecture, make, tmp_path) -> None:
+    # one model, not a copy: PEFT writes its set of targets in the order of that very set
+    model = make(architecture)
+    model.save_pretrained(tmp_path / "plain")
+    pelt_fast.accelerate(model)
+    model.save_pretrained(tmp_path / "fast")
     expected = hashes(tmp_path / "plain")
     assert any(name.endswith(".safetensors") for name in expected)
     assert hashes(tmp_path / "fast") == expected
