@@ -10,11 +10,12 @@ import triton.language as tl
 
 
 class AdapterTable(NamedTuple):
-    """What a kernel is told about the adapters, as run-time scalars; rank columns [ends[i-1], ends[i]) are adapter i's."""
+    """The adapters as a kernel sees them, in run-time scalars; rank columns [ends[i-1], ends[i]) are adapter i's."""
 
     ends: tuple[int, ...]
     scales: tuple[float, ...]
-    thresholds: tuple[int, ...]  # int32 with the bits of the uint32 threshold, so that its type never changes
+    # int32 with the bits of the uint32 threshold, so that its type never changes
+    thresholds: tuple[int, ...]
 
     @classmethod
     def make(

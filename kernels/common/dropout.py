@@ -27,7 +27,9 @@ def keep_mask(
     limit = tl.full([1, 1], threshold, tl.int32).to(tl.uint32, bitcast=True)
     if BY_FOUR:
         columns = first_column // 4 + tl.arange(0, BLOCK_K // 4)
-        w0, w1, w2, w3 = _words(seed, rows.to(tl.int64)[:, None] * (in_features // 4) + columns[None, :], adapter)
+        w0, w1, w2, w3 = _words(
+            seed, rows.to(tl.int64)[:, None] * (in_features // 4) + columns[None, :], adapter
+        )
         pairs = tl.join(tl.join(w0 >= limit, w2 >= limit), tl.join(w1 >= limit, w3 >= limit))
         return tl.reshape(pairs, [BLOCK_T, BLOCK_K])
     else:

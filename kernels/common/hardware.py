@@ -20,6 +20,6 @@ def shared_memory(arch: str) -> int:
 
 @cache
 def capability(arch: str) -> int:
-    """"sm_90" -> 90; 0 where the name is not that of an NVIDIA architecture."""
+    """90 for "sm_90"; 0 where the name is not that of an NVIDIA architecture."""
     number = arch.removeprefix("sm_")
     return int(number) if number.isdecimal() else 0

@@ -1,8 +1,8 @@
 """Fused kernels or the math library's GEMM with rank-r `addmm` around it: a model of both, not a measurement.
 
-The fused GEMM saves one read and one write of the output, and with dropout every mask in memory; it pays with a GEMM that
-reaches a part of the library's speed. Peak rates are the vendor's, the efficiencies are assumptions. A table measured on
-the device should take this module's place as soon as there is one.
+The fused GEMM saves one read and one write of the output, and with dropout every mask in memory; it pays with a GEMM
+that reaches a part of the library's speed. Peak rates are the vendor's, the efficiencies are assumptions. A table
+measured on the device should take this module's place as soon as there is one.
 """
 
 from __future__ import annotations
@@ -57,8 +57,10 @@ def modelled_seconds(problem: Any) -> tuple[float, float]:
     flops = 2 * t * n * k
     composed = max(flops / peak, gemm_bytes / device.bandwidth)
     composed += 2 * size * t * side / device.bandwidth + LAUNCH_SECONDS * len(problem.ranks)
-    share = device.gemm_share if size == 2 else 0.6  # without tensor cores, hand-tuned assembly is far ahead
+    # without tensor cores, hand-tuned assembly is far ahead
+    share = device.gemm_share if size == 2 else 0.6
     fused = max(
-        (flops + 2 * t * side * rank) / (peak * share * filled), gemm_bytes / (device.bandwidth * min(1.0, filled))
+        (flops + 2 * t * side * rank) / (peak * share * filled),
+        gemm_bytes / (device.bandwidth * min(1.0, filled)),
     )
     return fused, composed

@@ -1,7 +1,7 @@
 """Backward over x: dAᵢ = dSᵢᵀ dropᵢ(x), with the mask drawn again in registers.
 
-x (T, K), dS (T, R), K = in, dA (R, K). A program owns BLOCK_K columns of a strip of tokens and a block of ranks, and keeps
-their fp32 accumulator. Partials [strips, R, K] are summed in order and multiplied by 1 / (1 - p) there.
+x (T, K), dS (T, R), K = in, dA (R, K). A program owns BLOCK_K columns of a strip of tokens and a block of ranks, and
+keeps their fp32 accumulator. Partials [strips, R, K] are summed in order and multiplied by 1 / (1 - p) there.
 
 Bound: HBM; bytes = x + dS · K / BLOCK_K + 8 · R · K · strips + dA.
 Deterministic: yes.
@@ -42,7 +42,11 @@ class GradAConfig:
 def unsupported(problem: Any) -> list[str]:
     """Why these kernels cannot run the problem; empty when they can."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    return [] if problem.dtype in dtypes else [f"{problem.dtype} is not one of float32, bfloat16, float16"]
+    return (
+        []
+        if problem.dtype in dtypes
+        else [f"{problem.dtype} is not one of float32, bfloat16, float16"]
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -113,19 +117,31 @@ def _grad_a_kernel(
             other=0.0,
         )
         ds = tl.load(
-            ds_ptr + long_rows * total_rank + ranks[None, :], mask=live_t[:, None] & live_r[None, :], other=0.0
+            ds_ptr + long_rows * total_rank + ranks[None, :],
+            mask=live_t[:, None] & live_r[None, :],
+            other=0.0,
         )
         if DROPOUT:
             for i in tl.static_range(len(ends)):
                 keep = keep_mask(
-                    seed, rows, tile_k * BLOCK_K, features, i, thresholds[i], BLOCK_T, BLOCK_K, BY_FOUR
+                    seed,
+                    rows,
+                    tile_k * BLOCK_K,
+                    features,
+                    i,
+                    thresholds[i],
+                    BLOCK_T,
+                    BLOCK_K,
+                    BY_FOUR,
                 )
                 kept = tl.where(keep, x, 0.0)
                 # Rank columns of other adapters are zeroed in dS's tile, so one accumulator serves them all.
                 if len(ends) == 1:
                     own = ds
                 else:
-                    own = tl.where(((ranks >= rank_start(ends, i)) & (ranks < ends[i]))[None, :], ds, 0.0)
+                    own = tl.where(
+                        ((ranks >= rank_start(ends, i)) & (ranks < ends[i]))[None, :], ds, 0.0
+                    )
                 acc = tl.dot(tl.trans(own), kept, acc, input_precision=PRECISION)
         else:
             acc = tl.dot(tl.trans(ds), x, acc, input_precision=PRECISION)

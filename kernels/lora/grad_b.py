@@ -1,8 +1,9 @@
 """Backward over dY, once: dS = scalingᵢ · dY Bᵢ, dB = dYᵀ S, and the column sums of dY.
 
-dY (T, N), B (N, R), S (T, R), N = out. A program owns BLOCK_N columns of a strip of tokens. It keeps B's tile and dB's
-fp32 accumulator, walks the strip, and turns each dY tile into a partial of dS and one step of dB. Partials, summed in order
-afterwards: dS [N / BLOCK_N, T, R], dB [strips, N, R], column sums [strips, N], all fp32. Every factor has its own switch.
+dY (T, N), B (N, R), S (T, R), N = out. A program owns BLOCK_N columns of a strip of tokens. It keeps B's tile and
+dB's fp32 accumulator, walks the strip, and turns each dY tile into a partial of dS and one step of dB. Partials,
+summed in order afterwards: dS [N / BLOCK_N, T, R], dB [strips, N, R], column sums [strips, N], all fp32. Every factor
+has its own switch.
 
 Bound: HBM; bytes = dY + 4 · R · (T · N / BLOCK_N + N · strips) · 2 + the results.
 Past R ≈ 64 the partials outweigh a second read of dY: then dS comes from `shrink` and this kernel makes dB alone.
@@ -44,7 +45,11 @@ class GradBConfig:
 def unsupported(problem: Any) -> list[str]:
     """Why these kernels cannot run the problem; empty when they can."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    return [] if problem.dtype in dtypes else [f"{problem.dtype} is not one of float32, bfloat16, float16"]
+    return (
+        []
+        if problem.dtype in dtypes
+        else [f"{problem.dtype} is not one of float32, bfloat16, float16"]
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -54,7 +59,9 @@ def default_config(problem: Any) -> GradBConfig:
     rank = sum(problem.ranks)
     block_r = power_of_two(rank, 16, 64 if wide else 128)
     block_t = power_of_two(problem.tokens, 16, 32 if wide else 64)
-    block_n = power_of_two(problem.out_features, 16, 64 if wide else (256 if block_r <= 32 else 128))
+    block_n = power_of_two(
+        problem.out_features, 16, 64 if wide else (256 if block_r <= 32 else 128)
+    )
     columns = cdiv(problem.out_features, block_n) * cdiv(rank, block_r)
     strips = min(cdiv(sm_count(problem.arch), columns), cdiv(problem.tokens, block_t))
     strip = cdiv(cdiv(problem.tokens, strips), block_t) * block_t
@@ -133,7 +140,9 @@ def _grad_b_kernel(
             at = (tile_n.to(tl.int64) * tokens + rows)[:, None] * total_rank + ranks[None, :]
             tl.store(ds_part_ptr + at, tl.dot(dy, b, input_precision=PRECISION), mask=live_tr)
         if db_part_ptr is not None:
-            s = tl.load(s_ptr + rows[:, None] * total_rank + ranks[None, :], mask=live_tr, other=0.0)
+            s = tl.load(
+                s_ptr + rows[:, None] * total_rank + ranks[None, :], mask=live_tr, other=0.0
+            )
             db = tl.dot(tl.trans(dy), s, db, input_precision=PRECISION)
         if sum_part_ptr is not None:
             sums += tl.sum(dy.to(tl.float32), 0)
@@ -156,7 +165,10 @@ def launch_grad_b(
     config: GradBConfig,
     precision: str,
 ) -> None:
-    """dy (T, out), b (out, R), s (T, R) contiguous; fills ds (T, R), db[i] (out, rᵢ) and sums (out,) fp32, those that are not None."""
+    """dy (T, out), b (out, R), s (T, R) contiguous.
+
+    Fills what is not None of ds (T, R), db[i] (out, rᵢ) and, in fp32, sums (out,).
+    """
     (tokens, columns), rank = dy.shape, b.shape[1]
     strips, tiles = cdiv(tokens, config.strip), cdiv(columns, config.block_n)
 

@@ -5,7 +5,8 @@
 
 W (out, in) is seen through its strides, so the two are one kernel: C (T, N) = X (T, K) Wop (K, N) + low-rank term + b.
 The low-rank term comes first: it costs one or two extra steps of the pipeline, Y is written once and never read, and a
-`tl.dot` after a warp-specialised loop would not compile on sm_100. fp32 accumulation, one rounding. Masks are made in registers.
+`tl.dot` after a warp-specialised loop would not compile on sm_100. fp32 accumulation, one rounding. Masks are
+made in registers.
 
 Parallelism: output tiles, in groups of rows that share W's columns in L2.
 Bound: tensor cores at T > ~300; below, HBM through W. bytes = X + W + C + R · (T + N).
@@ -47,7 +48,11 @@ class LinearConfig:
 def unsupported(problem: Any) -> list[str]:
     """Why these kernels cannot run the problem; empty when they can."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    return [] if problem.dtype in dtypes else [f"{problem.dtype} is not one of float32, bfloat16, float16"]
+    return (
+        []
+        if problem.dtype in dtypes
+        else [f"{problem.dtype} is not one of float32, bfloat16, float16"]
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -59,7 +64,10 @@ def default_config(problem: Any) -> LinearConfig:
     masked = 0 if forward or not problem.dropout else len(problem.ranks)
     block_r = power_of_two(max(problem.ranks), 16, 32 if itemsize(problem.dtype) == 4 else 64)
     if itemsize(problem.dtype) == 4:
-        tiles = [LinearConfig(64, 64, 32, block_r, 8, 4, 3), LinearConfig(32, 64, 32, block_r, 8, 4, 3)]
+        tiles = [
+            LinearConfig(64, 64, 32, block_r, 8, 4, 3),
+            LinearConfig(32, 64, 32, block_r, 8, 4, 3),
+        ]
     elif capability(problem.arch) >= 90:
         tiles = [
             *([] if masked else [LinearConfig(128, 256, 64, block_r, 8, 8, 3)]),
@@ -73,10 +81,15 @@ def default_config(problem: Any) -> LinearConfig:
             *([] if masked > 1 else [LinearConfig(64, 128, 64, block_r, 8, 4, 3)]),
             LinearConfig(64, 64, 64, block_r, 8, 4, 3),
         ]
-    tiles += [replace(tiles[-1], block_t=16, block_n=64), replace(tiles[-1], block_t=16, block_n=32)]
+    tiles += [
+        replace(tiles[-1], block_t=16, block_n=64),
+        replace(tiles[-1], block_t=16, block_n=32),
+    ]
     for tile in tiles:
         fits = tile.block_t <= power_of_two(problem.tokens, 16)
-        if fits and cdiv(problem.tokens, tile.block_t) * cdiv(columns, tile.block_n) >= sm_count(problem.arch):
+        if fits and cdiv(problem.tokens, tile.block_t) * cdiv(columns, tile.block_n) >= sm_count(
+            problem.arch
+        ):
             return tile
     fitting = [tile for tile in tiles if tile.block_t <= power_of_two(problem.tokens, 16)]
     return max(fitting, key=lambda t: cdiv(problem.tokens, t.block_t) * cdiv(columns, t.block_n))
@@ -85,7 +98,15 @@ def default_config(problem: Any) -> LinearConfig:
 def candidate_configs(problem: Any) -> Iterator[LinearConfig]:
     """What an offline tuner should try."""
     base = default_config(problem)
-    for block_t, block_n in ((16, 32), (16, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 128)):
+    for block_t, block_n in (
+        (16, 32),
+        (16, 64),
+        (64, 64),
+        (64, 128),
+        (128, 128),
+        (128, 256),
+        (256, 128),
+    ):
         for block_k in (32, 64, 128):
             for num_warps in (4, 8):
                 for num_stages in (2, 3, 4, 5):
@@ -101,7 +122,16 @@ def candidate_configs(problem: Any) -> Iterator[LinearConfig]:
 
 @triton.jit
 def _low_rank_tile(
-    acc, s_rows, b_rows, first, last, live_t, live_n, stride_br, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr
+    acc,
+    s_rows,
+    b_rows,
+    first,
+    last,
+    live_t,
+    live_n,
+    stride_br,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """acc + S[:, first:last] B[:, first:last]ᵀ, a block of ranks at a time."""
     for r in tl.range(first, last, BLOCK_R, num_stages=1):
@@ -109,7 +139,9 @@ def _low_rank_tile(
         live_r = ranks < last
         s = tl.load(s_rows + ranks[None, :], mask=live_t[:, None] & live_r[None, :], other=0.0)
         b = tl.load(
-            b_rows + ranks.to(tl.int64)[:, None] * stride_br, mask=live_r[:, None] & live_n[None, :], other=0.0
+            b_rows + ranks.to(tl.int64)[:, None] * stride_br,
+            mask=live_r[:, None] & live_n[None, :],
+            other=0.0,
         ).to(s.dtype)
         acc = tl.dot(s, b, acc, input_precision=PRECISION)
     return acc
@@ -163,7 +195,16 @@ def _linear_kernel(
         for i in tl.static_range(len(ends)):
             part = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
             part = _low_rank_tile(
-                part, s_rows, b_rows, rank_start(ends, i), ends[i], live_t, live_n, stride_br, BLOCK_R, PRECISION
+                part,
+                s_rows,
+                b_rows,
+                rank_start(ends, i),
+                ends[i],
+                live_t,
+                live_n,
+                stride_br,
+                BLOCK_R,
+                PRECISION,
             )
             keep = keep_mask(
                 seed, rows, tile_n * BLOCK_N, columns, i, thresholds[i], BLOCK_T, BLOCK_N, BY_FOUR
@@ -179,9 +220,13 @@ def _linear_kernel(
     for k in range(0, features, BLOCK_K):
         inner = k + tl.arange(0, BLOCK_K)
         live_k = inner < features
-        x = tl.load(x_rows + inner[None, :] * stride_xk, mask=live_t[:, None] & live_k[None, :], other=0.0)
+        x = tl.load(
+            x_rows + inner[None, :] * stride_xk, mask=live_t[:, None] & live_k[None, :], other=0.0
+        )
         w = tl.load(
-            w_cols + inner.to(tl.int64)[:, None] * stride_wk, mask=live_k[:, None] & live_n[None, :], other=0.0
+            w_cols + inner.to(tl.int64)[:, None] * stride_wk,
+            mask=live_k[:, None] & live_n[None, :],
+            other=0.0,
         )
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
@@ -202,7 +247,18 @@ def launch_linear_fwd(
     precision: str,
 ) -> None:
     """x (T, in), weight (out, in) of x's dtype, bias (out,), s (T, R) contiguous, b (out, R), out (T, out)."""
-    _launch(x, weight, bias, s, b, out, AdapterTable((s.shape[1],), (1.0,), (0,)), None, config, precision)
+    _launch(
+        x,
+        weight,
+        bias,
+        s,
+        b,
+        out,
+        AdapterTable((s.shape[1],), (1.0,), (0,)),
+        None,
+        config,
+        precision,
+    )
 
 
 def launch_linear_bwd_dx(
@@ -216,7 +272,7 @@ def launch_linear_bwd_dx(
     config: LinearConfig,
     precision: str,
 ) -> None:
-    """dy (T, out), weight (out, in) of dy's dtype, ds (T, R) contiguous, a (R, in), out (T, in); scales are 1 / (1 - p)."""
+    """dy (T, out), weight (out, in) in dy's dtype, ds (T, R) contiguous, a (R, in), out (T, in); scales 1 / (1 - p)."""
     _launch(dy, weight.T, None, ds, a.T, out, table, seed, config, precision)
 
 
@@ -272,5 +328,6 @@ def cost(problem: Any) -> Cost:
     t, k, n, r = problem.tokens, problem.in_features, problem.out_features, sum(problem.ranks)
     side = n if problem.op.endswith("_fwd") else k
     return Cost(
-        2 * t * k * n + 2 * t * side * r, itemsize(problem.dtype) * (t * k + k * n + t * n + r * (t + side))
+        2 * t * k * n + 2 * t * side * r,
+        itemsize(problem.dtype) * (t * k + k * n + t * n + r * (t + side)),
     )

@@ -4,7 +4,7 @@ x (T, K), A (R, K) with the adapters' ranks side by side, S (T, R) in x's dtype;
 Forward: K = in, the scale is scaling / (1 - p), the mask is made in registers. Backward without dropout: dS, where
 x is dY (T, out) and A is Bᵀ seen through its strides.
 
-Parallelism: token tiles × rank blocks, × split-K when those are too few for the GPU: fp32 partials, then a sum in order.
+Parallelism: token tiles × rank blocks, × split-K when those are too few for the GPU: fp32 partials, summed in order.
 Bound: HBM; bytes = x + A + S (+ 2 · split_k · S in fp32).
 Deterministic: always.
 """
@@ -44,7 +44,11 @@ class ShrinkConfig:
 def unsupported(problem: Any) -> list[str]:
     """Why these kernels cannot run the problem; empty when they can."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    return [] if problem.dtype in dtypes else [f"{problem.dtype} is not one of float32, bfloat16, float16"]
+    return (
+        []
+        if problem.dtype in dtypes
+        else [f"{problem.dtype} is not one of float32, bfloat16, float16"]
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -59,12 +63,16 @@ def default_config(problem: Any) -> ShrinkConfig:
     tiles = cdiv(problem.tokens, block_t) * cdiv(sum(problem.ranks), block_r)
     # Each part should still loop a few times, or the pipeline never fills.
     most = max(reduced // (4 * block_k), 1)
-    split_k = min(power_of_two(cdiv(sm_count(problem.arch), tiles)), power_of_two(most + 1) // 2, 16)
+    split_k = min(
+        power_of_two(cdiv(sm_count(problem.arch), tiles)), power_of_two(most + 1) // 2, 16
+    )
     # Below half the GPU's width a split pays for its second launch, above it does not.
     split_k = split_k if 2 * tiles <= sm_count(problem.arch) else 1
     # A wide accumulator, or several masks at once, need more warps to keep within their registers.
     masks = len(problem.ranks) if problem.dropout and forward else 0
-    return ShrinkConfig(block_t, block_k, block_r, split_k, 8 if block_r > 64 or masks > 1 else 4, 3)
+    return ShrinkConfig(
+        block_t, block_k, block_r, split_k, 8 if block_r > 64 or masks > 1 else 4, 3
+    )
 
 
 def candidate_configs(problem: Any) -> Iterator[ShrinkConfig]:
@@ -75,7 +83,11 @@ def candidate_configs(problem: Any) -> Iterator[ShrinkConfig]:
             for split_k in (1, 2, 4, 8):
                 for num_stages in (2, 3, 4):
                     yield replace(
-                        base, block_t=block_t, block_k=block_k, split_k=split_k, num_stages=num_stages
+                        base,
+                        block_t=block_t,
+                        block_k=block_k,
+                        split_k=split_k,
+                        num_stages=num_stages,
                     )
 
 
@@ -120,19 +132,27 @@ def _shrink_kernel(
         k = block * BLOCK_K
         columns = k + tl.arange(0, BLOCK_K)
         live_k = columns < features
-        x = tl.load(x_rows + columns[None, :] * stride_xk, mask=live_t[:, None] & live_k[None, :], other=0.0)
+        x = tl.load(
+            x_rows + columns[None, :] * stride_xk, mask=live_t[:, None] & live_k[None, :], other=0.0
+        )
         a = tl.load(
-            a_rows + columns.to(tl.int64)[:, None] * stride_ak, mask=live_k[:, None] & live_r[None, :], other=0.0
+            a_rows + columns.to(tl.int64)[:, None] * stride_ak,
+            mask=live_k[:, None] & live_r[None, :],
+            other=0.0,
         ).to(x.dtype)
         if DROPOUT:
             for i in tl.static_range(len(ends)):
-                keep = keep_mask(seed, rows, k, features, i, thresholds[i], BLOCK_T, BLOCK_K, BY_FOUR)
+                keep = keep_mask(
+                    seed, rows, k, features, i, thresholds[i], BLOCK_T, BLOCK_K, BY_FOUR
+                )
                 kept = tl.where(keep, x, 0.0)
                 # Rank columns of other adapters are zeroed in A's tile, so one accumulator serves them all.
                 if len(ends) == 1:
                     own = a
                 else:
-                    own = tl.where(((ranks >= rank_start(ends, i)) & (ranks < ends[i]))[None, :], a, 0.0)
+                    own = tl.where(
+                        ((ranks >= rank_start(ends, i)) & (ranks < ends[i]))[None, :], a, 0.0
+                    )
                 acc = tl.dot(kept, own, acc, input_precision=PRECISION)
         else:
             acc = tl.dot(x, a, acc, input_precision=PRECISION)

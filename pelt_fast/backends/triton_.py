@@ -44,7 +44,8 @@ def unsupported(problem: Any) -> list[str]:
     if problem.device_type == "cpu":
         if not (env.triton_cpu or triton.knobs.runtime.interpret):
             reasons.append(
-                "x is on the CPU; Triton needs a GPU, TRITON_INTERPRET=1, or a stand-in driver with PELT_FAST_TRITON_CPU=1"
+                "x is on the CPU; Triton needs a GPU, TRITON_INTERPRET=1, "
+                "or a stand-in driver with PELT_FAST_TRITON_CPU=1"
             )
     elif problem.device_type != "cuda":
         reasons.append(f"device type {problem.device_type!r} is not served")
@@ -204,7 +205,9 @@ def lora_linear_bwd(
         if dx is not None and ds is not None:
             a = _side_by_side(lora_a, 0, dtype)
             config = linear.default_config(shapes)
-            linear.launch_linear_bwd_dx(dy, weight.to(dtype), ds, a, dx, masked, seed, config, precision)
+            linear.launch_linear_bwd_dx(
+                dy, weight.to(dtype), ds, a, dx, masked, seed, config, precision
+            )
         if any(need_da) and x is not None and ds is not None:
             grad_a.launch_grad_a(x, ds, da, masked, seed, grad_a.default_config(shapes), precision)
     dbias = sums.to(dtype) if need_dbias and sums is not None else None
