@@ -40,7 +40,7 @@ def test_what_is_allowed_is_close_to_what_is_unavoidable(dtype):
     exact = oracle.exact(inputs, keep)
     for deviation in deviations(reference_rounded_once(inputs, keep), inputs, keep):
         scale = exact[deviation.name].abs().max().item()
-        assert deviation.allowed_max < 40 * torch.finfo(dtype).eps * scale, deviation
+        assert deviation.allowed_max < 60 * torch.finfo(dtype).eps * scale, deviation
 
 
 def one_percent_of_scaling(inputs, keep):
