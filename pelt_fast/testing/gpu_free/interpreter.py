@@ -15,7 +15,12 @@ from unittest import mock
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import (
+    GridExecutor,
+    InterpretedFunction,
+    InterpreterBuilder,
+    TensorHandle,
+)
 from triton.runtime.jit import JITFunction
 
 from .driver import stand_in
@@ -164,6 +169,9 @@ def interpreting(trace: Trace | None = None, capability: int = 80) -> Iterator[N
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
         call = lambda self, *args, **kwargs: interpreted(self)(*args, **kwargs)
         stack.enter_context(mock.patch.object(JITFunction, "__call__", call))
+        # Tensors are on the CPU already: without this every launch copies every storage onto itself.
+        stack.enter_context(mock.patch.object(GridExecutor, "_init_args_hst", lambda self, a, k: (a, k)))
+        stack.enter_context(mock.patch.object(GridExecutor, "_restore_args_dev", lambda *args: None))
         # uint32 arithmetic wraps on purpose
         stack.enter_context(np.errstate(over="ignore"))
         yield
