@@ -147,8 +147,18 @@ def finetune(plan: Plan, device: torch.device, tell: Tell = lambda text, done: N
                     runs[kind].model_s.append(seconds.model)
                     runs[kind].step_s.append(seconds.step)
             now = ", ".join(f"{kind} {runs[kind].losses[-1][-1]:.3f}" for kind in kinds)
+            late = time.monotonic() - started > 2 * plan.budget_s
+            if late and 2 * WARM_UP_STEPS < step + 1 < plan.steps:
+                break  # a machine that has become busy must not take for ever
             done = (step + 1) / plan.steps
             tell(f"{plan.dtype} seed {seed} step {step + 1}/{plan.steps}: loss {now}", done)
+        if len(runs["eager"].losses[-1]) < plan.steps:
+            if seed == 0:
+                plan = _cut(plan, len(runs["eager"].losses[-1]))
+            else:
+                for kind in kinds:
+                    runs[kind].losses.pop()  # the seeds before it are whole
+            break
         if plan.trains:
             for kind in kinds:
                 tell(f"{plan.dtype} seed {seed}: held-out accuracy, {kind}", 1.0)
@@ -173,9 +183,18 @@ def _prepare(plan: Plan, train: data.Split, runs: dict[str, Run], device: torch.
     for trainee in trainees.values():
         trainee.forward_backward(batch)
     one_round = time.monotonic() - started
+    fits = plan.budget_s / one_round
     # the first seed may take 60 %: a second one, without the frozen model, takes the rest
-    fitting = int(0.6 * plan.budget_s / one_round)
-    return replace(plan, steps=max(MIN_STEPS, min(plan.steps, fitting)))
+    steps = min(plan.steps, max(MIN_STEPS, int(0.6 * fits)))
+    if steps <= 2 * fits:
+        return replace(plan, steps=steps)
+    return _cut(plan, max(2 * WARM_UP_STEPS, int(fits)))
+
+
+def _cut(plan: Plan, steps: int) -> Plan:
+    """Too slow to train here: what was done is there for its step times."""
+    note = "; ".join(filter(None, (plan.note, f"cut to {steps} steps to keep to the time budget")))
+    return replace(plan, steps=min(steps, MIN_STEPS - 1), note=note)
 
 
 class Seconds(NamedTuple):

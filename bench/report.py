@@ -102,7 +102,7 @@ def _finetune_headline(one: dict[str, Any]) -> str:
     eager, ours = (one["runs"][kind]["model_ms"]["median"] for kind in ("eager", "accelerated"))
     text = f"MiniLM fine-tune in {one['plan']['dtype']}: a step takes {ours / eager:.2f} × PEFT's"
     if not one["trained"]:
-        return text + " (a few tiny steps only)."
+        return text + " (timed in a few steps, not trained)."
     if one["overhead"]:
         overhead = one["overhead"]["value"]
         text += f", PELT overhead {overhead:+.2f}: {100 * (1 - overhead):.0f} % of PEFT's is gone"
