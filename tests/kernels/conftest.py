@@ -67,11 +67,15 @@ class Kernels:
 @pytest.fixture
 def kernels(device: str) -> Kernels:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        pytest.skip("TRITON_INTERPRET=1 keeps Triton from compiling; these tests interpret by themselves")
+        pytest.skip(
+            "TRITON_INTERPRET=1 keeps Triton from compiling; these tests interpret by themselves"
+        )
     return Kernels(device)
 
 
-@pytest.fixture
-def several_tiles() -> Case:
-    """More than one program in every grid, a split reduction in every kernel that has one, ragged edges."""
-    return Case("several_tiles", (70,), 516, 40, (Adapter(20, 0.5, 0.25),))
+@pytest.fixture(params=["tiles and strips", "split reduction"])
+def several_programs(request: pytest.FixtureRequest) -> Case:
+    """More than one program in every grid, partials of every reduction, ragged edges."""
+    if request.param == "split reduction":
+        return Case("split", (20,), 1040, 24, (Adapter(20),))
+    return Case("tiles", (70,), 132, 70, (Adapter(20, 0.5, 0.25),))

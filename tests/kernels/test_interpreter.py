@@ -97,7 +97,11 @@ def _collide_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr, KIND: tl.constexpr):
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("write-write", "race"), ("write-read", "race"), ("lanes", "two lanes store different values")],
+    [
+        ("write-write", "race"),
+        ("write-read", "race"),
+        ("lanes", "two lanes store different values"),
+    ],
 )
 def test_trace_sees_collisions(kind, message):
     with interpreting(Trace()), pytest.raises(Exception, match=message) as raised:

@@ -13,17 +13,18 @@ def _assert_same_bits(first, second):
         assert torch.equal(first[name], second[name]), name
 
 
-def test_order_of_programs_does_not_matter(several_tiles, kernels):
+def test_order_of_programs_does_not_matter(several_programs, kernels):
     if kernels.device != "cpu":
         pytest.skip("a GPU chooses the order by itself")
-    inputs = several_tiles.make(torch.bfloat16)
+    inputs = several_programs.make(torch.bfloat16)
     natural, *others = (
-        kernels.run(inputs, Trace(order, check=False), capability=90) for order in (None, "reverse", "random")
+        kernels.run(inputs, Trace(order, check=False), capability=90)
+        for order in (None, "reverse", "random")
     )
     for other in others:
         _assert_same_bits(natural, other)
 
 
-def test_two_runs_are_bitwise_equal(several_tiles, kernels):
-    inputs = several_tiles.make(torch.float16, kernels.device)
+def test_two_runs_are_bitwise_equal(several_programs, kernels):
+    inputs = several_programs.make(torch.float16, kernels.device)
     _assert_same_bits(kernels.run(inputs), kernels.run(inputs))

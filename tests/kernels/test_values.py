@@ -12,9 +12,24 @@ from pelt_fast.testing.gpu_free import Trace
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Minutes, interpreted; the same paths run in smaller cases.
-HEAVY = ("many_tokens", "past_one_tile", "rank_129", "rank_256", "wide_in", "wide_out", "whole_tiles")
+HEAVY = (
+    "many_tokens",
+    "past_one_tile",
+    "rank_129",
+    "rank_256",
+    "wide_in",
+    "wide_out",
+    "whole_tiles",
+)
 # What depends on the dtype; strides and ranks do not.
-EVERY_DTYPE = ("odd", "one_token", "three_adapters", "dropout_each_its_own", "dropout_all", "rank_16")
+EVERY_DTYPE = (
+    "odd",
+    "one_token",
+    "three_adapters",
+    "dropout_each_its_own",
+    "dropout_all",
+    "rank_16",
+)
 CASES_WITH_TOKENS = tuple(case for case in (*CASES, *MIXED_DTYPE) if case.tokens)
 
 
@@ -43,8 +58,8 @@ def test_every_case(case, dtype, kernels):
     assert_accurate(_shaped(results, inputs), inputs, kernels.masks(inputs))
 
 
-def test_several_programs_in_every_dimension(several_tiles, kernels):
-    inputs = several_tiles.make(torch.bfloat16, kernels.device)
+def test_several_programs_in_every_dimension(several_programs, kernels):
+    inputs = several_programs.make(torch.bfloat16, kernels.device)
     results = kernels.run(inputs, Trace("random"), capability=90)
     assert_accurate(_shaped(results, inputs), inputs, kernels.masks(inputs))
 
@@ -83,9 +98,7 @@ def test_rows_past_two_to_the_31(kernels, tmp_path):
     """Strides of 2**30 elements: the third row begins where a 32-bit offset has turned negative."""
     case = Case("far_rows", (3,), 40, 40)
     inputs = case.make(torch.float16, kernels.device)
-    far = inputs.map(
-        lambda name, t: _far_rows(t, tmp_path / name) if name in ("x", "dy") else t
-    )
+    far = inputs.map(lambda name, t: _far_rows(t, tmp_path / name) if name in ("x", "dy") else t)
     near = kernels.run(inputs)
     for name, value in kernels.run(far).items():
         assert torch.equal(value, near[name]), name
@@ -107,6 +120,8 @@ def _far_rows(rows, path):
 def _shaped(results, inputs):
     """Rows back in the shapes of x and dy."""
     return {
-        name: value.reshape({"y": inputs.dy, "x": inputs.x}[name].shape) if name in ("y", "x") else value
+        name: value.reshape({"y": inputs.dy, "x": inputs.x}[name].shape)
+        if name in ("y", "x")
+        else value
         for name, value in results.items()
     }

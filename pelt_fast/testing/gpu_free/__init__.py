@@ -1,9 +1,10 @@
 """Proofs of Triton kernels on a machine without a GPU.
 
-- `interpreting`: unmodified launch functions run on CPU tensors under Triton's interpreter, its bfloat16 and tf32 mended.
+- `interpreting`: unmodified launch functions run on CPU tensors under Triton's interpreter, mended where it
+  computes bfloat16 and tf32 wrongly.
 - `Trace`: checks every access of an interpreted launch for bounds, races and conflicting stores; shuffles the order of
   programs; counts bytes per argument.
-- `compiling`: the same launch functions compile for an NVIDIA architecture, with their true specialisation; nothing runs.
+- `compiling`: the same launch functions compile for an NVIDIA architecture, truly specialised; nothing runs.
 - `inspect_kernel`, `violations`: what the machine code does, and the gates that it has to pass.
 - `mutant`: a copy of a kernel file with one line broken, to see that the checks above catch it.
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from types import FunctionType
 from typing import Any
 from unittest import mock
 
@@ -25,6 +27,9 @@ from triton.runtime.jit import JITFunction
 
 from .driver import stand_in
 from .trace import Trace
+
+# It keeps references to triton.language: first imported by an interpreted launch, it would keep patched ones for ever.
+import_module("triton.compiler.code_generator")
 
 _FLOATS = (tl.float16, tl.float32, tl.float64)
 
@@ -82,12 +87,16 @@ class MendedBuilder(InterpreterBuilder):
 
     # Arithmetic
 
-    def binary_op(self, lhs: TensorHandle, rhs: TensorHandle, op: Callable[..., Any]) -> TensorHandle:
+    def binary_op(
+        self, lhs: TensorHandle, rhs: TensorHandle, op: Callable[..., Any]
+    ) -> TensorHandle:
         if not (_is_bf16(lhs) and _is_bf16(rhs)):
             return super().binary_op(lhs, rhs, op)
         out = op(widen(lhs.data), widen(rhs.data))
         return (
-            TensorHandle(out, tl.int1) if out.dtype == np.bool_ else TensorHandle(narrow(out), tl.bfloat16)
+            TensorHandle(out, tl.int1)
+            if out.dtype == np.bool_
+            else TensorHandle(narrow(out), tl.bfloat16)
         )
 
     def unary_op(self, arg: TensorHandle, op: Callable[..., Any]) -> TensorHandle:
@@ -101,11 +110,18 @@ class MendedBuilder(InterpreterBuilder):
         return TensorHandle(narrow(widen(x.data) * widen(y.data) + widen(z.data)), tl.bfloat16)
 
     def create_dot(
-        self, a: TensorHandle, b: TensorHandle, d: TensorHandle, input_precision: Any, max_imprecise: Any
+        self,
+        a: TensorHandle,
+        b: TensorHandle,
+        d: TensorHandle,
+        input_precision: Any,
+        max_imprecise: Any,
     ) -> TensorHandle:
         if _is_bf16(a):
             a, b = (TensorHandle(widen(h.data), tl.float32) for h in (a, b))
-        elif a.dtype.scalar == tl.float32 and input_precision == interpreter._ir.INPUT_PRECISION.TF32:
+        elif (
+            a.dtype.scalar == tl.float32 and input_precision == interpreter._ir.INPUT_PRECISION.TF32
+        ):
             a, b = (TensorHandle(round_to_tf32(h.data), tl.float32) for h in (a, b))
         if self.trace is not None:
             self.trace.dot(2 * a.data.size * b.data.shape[-1])
@@ -113,7 +129,9 @@ class MendedBuilder(InterpreterBuilder):
 
     # Memory and order
 
-    def create_masked_load(self, ptrs: TensorHandle, mask: TensorHandle, *args: Any, **kwargs: Any) -> Any:
+    def create_masked_load(
+        self, ptrs: TensorHandle, mask: TensorHandle, *args: Any, **kwargs: Any
+    ) -> Any:
         self._access("load", ptrs, mask, None)
         return super().create_masked_load(ptrs, mask, *args, **kwargs)
 
@@ -123,7 +141,9 @@ class MendedBuilder(InterpreterBuilder):
         self._access("store", ptrs, mask, value)
         return super().create_masked_store(ptrs, value, mask, *args, **kwargs)
 
-    def create_atomic_rmw(self, op: Any, ptr: TensorHandle, val: Any, mask: TensorHandle, *args: Any) -> Any:
+    def create_atomic_rmw(
+        self, op: Any, ptr: TensorHandle, val: Any, mask: TensorHandle, *args: Any
+    ) -> Any:
         self._access("atomic", ptr, mask, None)
         return super().create_atomic_rmw(op, ptr, val, mask, *args)
 
@@ -132,12 +152,19 @@ class MendedBuilder(InterpreterBuilder):
     ) -> None:
         if self.trace is not None:
             size = interpreter._get_np_dtype(ptrs.get_element_ty()).itemsize
-            self.trace.access(kind, ptrs.data, mask.data, size, None if value is None else value.data)
+            self.trace.access(
+                kind, ptrs.data, mask.data, size, None if value is None else value.data
+            )
 
     def set_grid_idx(self, x: int, y: int, z: int) -> None:
         if self.trace is not None:
             x, y, z = self.trace.next_program((x, y, z), self.grid_dim)
         super().set_grid_idx(x, y, z)
+
+
+def _sees_triton_language() -> FunctionType:
+    """A function in whose globals the interpreter finds every module that it has to patch."""
+    return FunctionType(_sees_triton_language.__code__, {"tl": tl, "core": tl.core})
 
 
 @contextmanager
@@ -159,7 +186,9 @@ def interpreting(trace: Trace | None = None, capability: int = 80) -> Iterator[N
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         if trace is not None:
             named = dict(zip(self.arg_names, args, strict=False)) | kwargs
-            trace.begin(self.__name__, {k: v for k, v in named.items() if hasattr(v, "untyped_storage")})
+            trace.begin(
+                self.__name__, {k: v for k, v in named.items() if hasattr(v, "untyped_storage")}
+            )
         interpreted(self).run(*args, grid=grid, warmup=warmup, **kwargs)
 
     with ExitStack() as stack:
@@ -167,11 +196,14 @@ def interpreting(trace: Trace | None = None, capability: int = 80) -> Iterator[N
         stack.enter_context(mock.patch.object(interpreter, "interpreter_builder", builder))
         stack.enter_context(mock.patch.object(interpreter.interpreter_semantic, "builder", builder))
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
-        call = lambda self, *args, **kwargs: interpreted(self)(*args, **kwargs)
+        # Functions called by kernels; the interpreter would patch triton.language for each call and leave it so.
+        call = lambda self, *args, **kwargs: interpreted(self).rewrite()(*args, **kwargs)
         stack.enter_context(mock.patch.object(JITFunction, "__call__", call))
+        stack.callback(interpreter._patch_lang(_sees_triton_language()).restore)
         # Tensors are on the CPU already: without this every launch copies every storage onto itself.
-        stack.enter_context(mock.patch.object(GridExecutor, "_init_args_hst", lambda self, a, k: (a, k)))
-        stack.enter_context(mock.patch.object(GridExecutor, "_restore_args_dev", lambda *args: None))
+        keep = lambda self, args, kwargs: (args, kwargs)
+        stack.enter_context(mock.patch.object(GridExecutor, "_init_args_hst", keep))
+        stack.enter_context(mock.patch.object(GridExecutor, "_restore_args_dev"))
         # uint32 arithmetic wraps on purpose
         stack.enter_context(np.errstate(over="ignore"))
         yield

@@ -104,7 +104,9 @@ def violations(
     if tensor_core and not report.tensor_core:
         found.append("no tensor-core instruction")
     if report.shared > SHARED_MEMORY[report.capability]:
-        found.append(f"{report.shared} bytes of shared memory, {SHARED_MEMORY[report.capability]} are there")
+        found.append(
+            f"{report.shared} bytes of shared memory, {SHARED_MEMORY[report.capability]} are there"
+        )
     if aligned:
         for what, widths in (("load", report.loads), ("store", report.stores)):
             if widths and not widths[128] and not report.tma:

@@ -1,8 +1,8 @@
 """Every access of an interpreted launch: in bounds, free of races, and counted.
 
 Shadow memory holds, for each piece of an argument's storage (as long as its smallest element), whether the argument's
-view covers it, which program stored it and which program read it. Programs of one launch run in no order on a GPU, so it is an error when two of them
-touch a byte and one of them stores it, whatever the values turn out to be.
+view covers it, which program stored it and which program read it. Programs of one launch run in no order on a GPU, so
+it is an error when two of them touch a byte and one of them stores it, whatever the values turn out to be.
 """
 
 from __future__ import annotations
@@ -40,9 +40,16 @@ class LaunchTrace:
     name: str
     programs: int = 0
     flops: int = 0  # of every `tl.dot`, padding included
-    loaded: dict[str, int] = field(default_factory=dict)  # bytes per argument, each distinct byte once per load
+    loaded: dict[str, int] = field(
+        default_factory=dict
+    )  # bytes per argument, each distinct byte once per load
     stored: dict[str, int] = field(default_factory=dict)
     regions: list[_Region] = field(default_factory=list, repr=False)
+
+    @property
+    def footprint(self) -> dict[str, int]:
+        """Bytes that each argument's view holds; an element of an expanded view counts once."""
+        return {"/".join(r.names): int(r.covered.sum()) * r.piece for r in self.regions}
 
 
 class Trace:
@@ -63,13 +70,6 @@ class Trace:
         self._random = np.random.default_rng(seed)
         self._program = 0
         self._permutation = np.arange(0)
-
-    @property
-    def moved(self) -> int:
-        """Bytes loaded and stored by all launches."""
-        return sum(
-            sum(launch.loaded.values()) + sum(launch.stored.values()) for launch in self.launches
-        )
 
     def begin(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """A launch with these arguments starts."""
@@ -98,7 +98,9 @@ class Trace:
         self.launches.append(LaunchTrace(name, regions=list(regions.values())))
         self._permutation = np.arange(0)
 
-    def next_program(self, index: tuple[int, int, int], grid: tuple[int, int, int]) -> tuple[int, int, int]:
+    def next_program(
+        self, index: tuple[int, int, int], grid: tuple[int, int, int]
+    ) -> tuple[int, int, int]:
         """The program that runs in place of program ``index``."""
         count = grid[0] * grid[1] * grid[2]
         if len(self._permutation) != count:
@@ -160,7 +162,9 @@ class Trace:
         if kind != "atomic" and ((writer != _NOBODY) & (writer != program)).any():
             self._fail(f"{kind}: race, {names} was stored by another program")
         if kind == "load":
-            region.reader[touched] = np.where((reader == _NOBODY) | (reader == program), program, _SEVERAL)
+            region.reader[touched] = np.where(
+                (reader == _NOBODY) | (reader == program), program, _SEVERAL
+            )
             return
         if ((reader != _NOBODY) & (reader != program)).any():
             self._fail(f"{kind}: race, {names} was read by another program")

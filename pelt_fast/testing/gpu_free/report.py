@@ -1,0 +1,135 @@
+"""The tables of kernels/README.md: ``python -m pelt_fast.testing.gpu_free.report``.
+
+Bytes are counted by running the kernels interpreted; registers and occupancy are read from machine code. No times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from ...backends import triton_
+from ..oracle import as_rows
+from ..workloads import Adapter, Case, LoRAInputs
+from . import CompiledLaunch, Trace, compiling, inspect_kernel, interpreting
+
+BYTES_CASE = Case("bytes", (1024,), 1024, 1024, (Adapter(16),), bias=False)
+CODE_CASE = Case("code", (4096,), 4096, 4096, (Adapter(16, 0.5, 0.1),), bias=False)
+
+
+def launches(inputs: LoRAInputs) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Forward and backward of one call, to be run in this order."""
+    rows, n = as_rows(inputs), len(inputs.lora_a)
+    seed = torch.zeros(1, dtype=torch.int64) if any(rows.dropout_p) else None
+    rest, saved = (rows.scaling, rows.dropout_p, seed), []
+
+    def forward() -> None:
+        weights = (rows.weight, rows.bias, rows.lora_a, rows.lora_b, rows.lora_bias)
+        saved.append(triton_.lora_linear_fwd(rows.x, *weights, *rest)[1])
+
+    def backward() -> None:
+        weights = (rows.weight, rows.lora_a, rows.lora_b, saved[0])
+        need = (True, False, [True] * n, [True] * n, [False] * n)
+        triton_.lora_linear_bwd(rows.dy, rows.x, *weights, *rest, *need)
+
+    return forward, backward
+
+
+def compulsory_bytes(case: Case, size: int, backward: bool) -> int:
+    """Every tensor of the call once: inputs read, results written."""
+    t, k, n, r = case.tokens, case.in_features, case.out_features, sum(case.ranks)
+    base, adapters, s = t * k + t * n + k * n, r * (k + n), t * r
+    if not backward:
+        return size * (base + adapters + s)
+    return size * (base + t * k + 2 * adapters + s)
+
+
+def eager_bytes(case: Case, size: int, backward: bool) -> int:
+    """PEFT's composition in one dtype: each ATen operation reads its operands and writes its result."""
+    t, k, n, r = case.tokens, case.in_features, case.out_features, sum(case.ranks)
+    x, y, s, weight, a, b = t * k, t * n, t * r, k * n, r * k, r * n
+    masked = any(adapter.dropout_p for adapter in case.adapters)
+    mask = x // size if masked else 0  # one byte an element
+    if not backward:
+        dropout = 2 * x + mask if masked else 0
+        linear, shrink, expand = x + weight + y, x + a + s, s + b + y
+        scale, add = 2 * y, 3 * y
+        return size * (dropout + linear + shrink + expand + scale + add)
+    scale, grad_b, grad_s = 2 * y, y + s + b, y + b + s
+    grad_a, through_a, dropout = s + x + a, s + a + x, 2 * x + mask if masked else 0
+    base, add = y + weight + x, 3 * x
+    return size * (scale + grad_b + grad_s + grad_a + through_a + dropout + base + add)
+
+
+def byte_rows() -> Iterator[tuple[str, ...]]:
+    """What each launch of `BYTES_CASE` loads and stores, in MiB."""
+    passes = launches(BYTES_CASE.make(torch.bfloat16))
+    for name, run, backward in zip(("forward", "backward"), passes, (False, True), strict=True):
+        trace = Trace()
+        with interpreting(trace, capability=90):
+            run()
+        for launch in trace.launches:
+            loaded, stored = sum(launch.loaded.values()), sum(launch.stored.values())
+            yield name, launch.name.strip("_"), str(launch.programs), _mib(loaded), _mib(stored)
+        counted = sum(_once(launch.loaded, launch.footprint) for launch in trace.launches)
+        counted += sum(sum(launch.stored.values()) for launch in trace.launches)
+        compulsory = compulsory_bytes(BYTES_CASE, 2, backward)
+        eager = eager_bytes(BYTES_CASE, 2, backward)
+        yield name, "all, tiles re-read from L2 left out", "", _mib(counted), ""
+        yield name, "compulsory", "", _mib(compulsory), ""
+        yield name, "PEFT eager, bf16 adapter", "", _mib(eager), ""
+
+
+def code_rows() -> Iterator[tuple[str, ...]]:
+    """Registers, shared memory, tensor-core instructions and occupancy of each kernel of `CODE_CASE`."""
+    for capability in (80, 90, 100):
+        with compiling(capability) as compiled:
+            for run in launches(CODE_CASE.make(torch.bfloat16)):
+                run()
+        distinct: dict[tuple[str, int], CompiledLaunch] = {
+            (c.name, id(c.kernel)): c for c in compiled
+        }
+        for launch in distinct.values():
+            report = inspect_kernel(launch)
+            yield (
+                f"sm_{capability}",
+                report.name.strip("_"),
+                str(report.registers),
+                str(report.spills),
+                f"{report.shared / 1024:.0f}",
+                str(report.warps),
+                str(report.tensor_core),
+                f"{report.occupancy:.0%}",
+            )
+
+
+def _once(loaded: dict[str, int], footprint: dict[str, int]) -> int:
+    """Loaded bytes, each argument at most once: what reaches DRAM when re-reads hit the L2 cache."""
+    return sum(min(count, footprint[name]) for name, count in loaded.items())
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.2f}"
+
+
+def _print(header: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> None:
+    for row in (header, tuple("---" for _ in header), *rows):
+        print("| " + " | ".join(row) + " |", flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    _print(("pass", "launch", "programs", "loaded, MiB", "stored, MiB"), byte_rows())
+    _print(
+        (
+            "arch",
+            "kernel",
+            "registers",
+            "spills",
+            "shared, KiB",
+            "warps",
+            "tensor-core",
+            "occupancy",
+        ),
+        code_rows(),
+    )
