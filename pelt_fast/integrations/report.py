@@ -36,7 +36,9 @@ class Report:
         if self.already:
             lines[0] += f", {len(self.already)} had been already"
         lines += [f"  {count} x {kind}" for kind, count in self.kinds.items()]
-        lines += _by_reason(f"replaced, but for now {self.library} computes", self.waiting)
+        lines += _by_reason(
+            f"replaced, but as the layers stand {self.library} computes", self.waiting
+        )
         lines += _by_reason(f"left to {self.library}", self.left)
         return "\n".join(lines)
 

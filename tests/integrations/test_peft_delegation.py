@@ -337,7 +337,7 @@ def test_the_report_tells_the_state(make) -> None:
     assert not merged.kinds
     text = str(merged)
     assert text.startswith("pelt_fast: 0 of 13 PEFT layers replaced, 13 had been already")
-    assert "replaced, but for now PEFT computes 13:" in text
+    assert "replaced, but as the layers stand PEFT computes 13:" in text
     assert "and 10 more" in text
     with model.disable_adapter():
         assert set(pelt_fast.accelerate(model).waiting.values()) == {"its adapters are disabled"}
