@@ -148,7 +148,8 @@ PELT_INLINE void prefetch(const P* p) {
     __builtin_prefetch(reinterpret_cast<const char*>(p) + 1024 + line);
 }
 
-// Columns [0, NV · N) of MR rows; the accumulators stay in registers over all of k.
+// Columns [0, NV · N) of MR rows; the accumulators start at zero and stay in registers over all of
+// k.
 template <class T, int MR, int NV>
 PELT_INLINE void micro(int64_t k, const Acc<T>* a, int64_t lda, const T* b, int64_t ldb, Acc<T>* c,
                        int64_t ldc, bool accumulate) {
@@ -159,7 +160,7 @@ PELT_INLINE void micro(int64_t k, const Acc<T>* a, int64_t lda, const T* b, int6
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[i][v] = accumulate ? load<V>(c + i * ldc + v * N) : V{};
+    for (int v = 0; v < NV; ++v) acc[i][v] = V{};
   if constexpr (kPair<T> == 2) {
     for (int64_t p = 0; p < k; p += 2) {
       const T* row = b + p * ldb;
@@ -193,14 +194,25 @@ PELT_INLINE void micro(int64_t k, const Acc<T>* a, int64_t lda, const T* b, int6
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) store(c + i * ldc + v * N, acc[i][v]);
+    for (int v = 0; v < NV; ++v) {
+      A* to = c + i * ldc + v * N;
+      store(to, accumulate ? load<V>(to) + acc[i][v] : acc[i][v]);
+    }
 }
+
+// Terms in one run of additions. The error of a sum grows with the length of its runs, and where
+// the result keeps all of the accumulator's bits that is what one sees: runs of 128 err less than
+// the library's blocked sums do.
+template <class T>
+constexpr int64_t kRun = sizeof(T) == sizeof(Acc<T>) ? 128 : int64_t(1) << 62;
 
 template <class T, int NV, int MR>
 void rows(int64_t m, int64_t k, const Acc<T>* a, int64_t lda, const T* b, int64_t ldb, Acc<T>* c,
           int64_t ldc, bool accumulate) {
   for (; m >= MR; m -= MR, a += MR * lda, c += MR * ldc)
-    micro<T, MR, NV>(k, a, lda, b, ldb, c, ldc, accumulate);
+    for (int64_t p = 0; p < k; p += kRun<T>)
+      micro<T, MR, NV>(k - p < kRun<T> ? k - p : kRun<T>, a + p, lda, b + p * ldb, ldb, c, ldc,
+                       accumulate || p > 0);
   if constexpr (MR > 1) {
     if (m > 0)
       rows<T, NV, (MR > 8 ? 8 : MR > 4 ? 4 : MR / 2)>(m, k, a, lda, b, ldb, c, ldc, accumulate);
