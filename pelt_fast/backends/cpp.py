@@ -47,5 +47,7 @@ def priority(problem: Any) -> int:
     """Ahead of torch on a CPU, but for one token in fp32: that is a gemv, and MKL's reads memory faster than ours."""
     if problem.device_type != "cpu":
         return 0
-    gemv = problem.tokens == 1 and problem.dtype == torch.float32 and problem.op == "lora_linear_fwd"
+    gemv = (
+        problem.tokens == 1 and problem.dtype == torch.float32 and problem.op == "lora_linear_fwd"
+    )
     return 5 if gemv else 20
