@@ -113,24 +113,9 @@ def _backward(
     rows = _rows(dy)
     tokens = rows.shape[0]
     dx_shape = (*dy.shape[:-1], weight.shape[1])
-    none = [dy.new_empty(0) for _ in range(2 + 3 * len(lora_a))]
     if tokens == 0:
-        return (
-            dy.new_empty(dx_shape) if need_dx else none.pop(),
-            dy.new_zeros(weight.shape[0]) if need_dbias else none.pop(),
-            [
-                torch.zeros_like(a) if need else none.pop()
-                for a, need in zip(lora_a, need_da, strict=True)
-            ],
-            [
-                torch.zeros_like(b) if need else none.pop()
-                for b, need in zip(lora_b, need_db, strict=True)
-            ],
-            [
-                b.new_zeros(b.shape[0]) if need else none.pop()
-                for b, need in zip(lora_b, need_dlora_bias, strict=True)
-            ],
-        )
+        needs = (need_dx, need_dbias, need_da, need_db, need_dlora_bias)
+        return _no_rows(dy, weight, lora_a, lora_b, dx_shape, *needs)
     problem = problem_of("lora_linear_bwd", rows, weight, lora_a, dropout_p, tokens)
     run = select(problem, backend if backend != "auto" else asked_for()).module
     dx, dbias, da, db, dlora_bias = run.lora_linear_bwd(
@@ -152,11 +137,38 @@ def _backward(
     if dx is not None and len(dx_shape) != 2:
         dx = _unsafe_view(dx, dx_shape)
     return (
-        none.pop() if dx is None else dx,
-        none.pop() if dbias is None else dbias,
-        [none.pop() if d is None else d for d in da],
-        [none.pop() if d is None else d for d in db],
-        [none.pop() if d is None else d for d in dlora_bias],
+        dy.new_empty(0) if dx is None else dx,
+        dy.new_empty(0) if dbias is None else dbias,
+        [dy.new_empty(0) if d is None else d for d in da],
+        [dy.new_empty(0) if d is None else d for d in db],
+        [dy.new_empty(0) if d is None else d for d in dlora_bias],
+    )
+
+
+def _no_rows(
+    dy: Tensor,
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    dx_shape: tuple[int, ...],
+    need_dx: bool,
+    need_dbias: bool,
+    need_da: Sequence[bool],
+    need_db: Sequence[bool],
+    need_dlora_bias: Sequence[bool],
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """The gradients of a call with T = 0: sums of nothing."""
+
+    def zeros(params: Sequence[Tensor], needs: Sequence[bool], dims: int) -> list[Tensor]:
+        pairs = zip(params, needs, strict=True)
+        return [p.new_zeros(p.shape[:dims] if need else 0) for p, need in pairs]
+
+    return (
+        dy.new_empty(dx_shape if need_dx else 0),
+        dy.new_zeros(weight.shape[0] if need_dbias else 0),
+        zeros(lora_a, need_da, 2),
+        zeros(lora_b, need_db, 2),
+        zeros(lora_b, need_dlora_bias, 1),
     )
 
 
