@@ -84,8 +84,8 @@ WRONG_VALUES = [
     # backward draws another adapter's mask
     (
         "grad_a",
-        "seed, rows, tile_k * BLOCK_K, features, i,",
-        "seed, rows, tile_k * BLOCK_K, features, i + 1,",
+        "features,\n                    i,",
+        "features,\n                    i + 1,",
     ),
     ("linear", "columns, i, thresholds[i]", "columns, i + 1, thresholds[i]"),
     # every block of columns has the first one's mask; in ODD-sized problems there is one block only

@@ -29,9 +29,20 @@ def launches(inputs: LoRAInputs) -> tuple[Callable[[], None], Callable[[], None]
         saved.append(triton_.lora_linear_fwd(rows.x, *weights, *rest)[1])
 
     def backward() -> None:
-        weights = (rows.weight, rows.lora_a, rows.lora_b, saved[0])
-        need = (True, False, [True] * n, [True] * n, [False] * n)
-        triton_.lora_linear_bwd(rows.dy, rows.x, *weights, *rest, *need)
+        triton_.lora_linear_bwd(
+            rows.dy,
+            rows.x,
+            rows.weight,
+            rows.lora_a,
+            rows.lora_b,
+            saved[0],
+            *rest,
+            need_dx=True,
+            need_dbias=False,
+            need_da=[True] * n,
+            need_db=[True] * n,
+            need_dlora_bias=[False] * n,
+        )
 
     return forward, backward
 
