@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -179,7 +180,7 @@ def markdown(results: Results, folder: Path, root: Path) -> str:
         ("finetune.png", "MiniLM fine-tune, loss and step time"),
     ):
         if (folder / name).exists():
-            parts += [f"![{alt}]({(folder / name).relative_to(root).as_posix()})", ""]
+            parts += [f"![{alt}]({Path(os.path.relpath(folder / name, root)).as_posix()})", ""]
     parts += [table.markdown() for table in tables(results)]
     return "\n".join(parts) + "\n"
 
