@@ -154,6 +154,10 @@ def _backends() -> Iterator[str]:
         for name, reasons in choice.rejected.items()
         for reason in reasons
     )
+    for choice in choices:  # a backend asked for by name that cannot run is not among the rejected
+        if choice.asked not in ("auto", *choice.rejected):
+            reasons = (choice.error or "").splitlines()[1:]
+            against.update((choice.asked, reason.strip(" -")) for reason in reasons)
     for (name, reason), count in against.items():
         yield f"{name} rejected in {count} of {len(choices)}: {reason}"
 
