@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 BACKENDS = ("auto", "reference", "torch", "cpp", "triton", "cuda")
 CPU_ISAS = ("default", "avx2", "avx512", "amx")
+_MOST_MB = (2**63 - 1) >> 20  # in bytes it must fit 64 bits
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 
@@ -64,8 +65,10 @@ def _count(environ: Mapping[str, str], name: str, default: int) -> int:
     value = environ.get(name, "").strip()
     if not value:
         return default
-    if not value.isdecimal():
-        raise ValueError(f"{name}={value!r} is not understood; expected a whole number, at least 0")
+    if not value.isdecimal() or int(value) > _MOST_MB:
+        raise ValueError(
+            f"{name}={value!r} is not understood; expected a whole number, 0 to {_MOST_MB}"
+        )
     return int(value)
 
 

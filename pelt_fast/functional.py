@@ -198,6 +198,8 @@ def _compute_input(x: Tensor) -> tuple[Tensor, bool]:
     """x in the dtype that is computed in, and whether autocast chose it."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}; expected a torch.Tensor of shape (..., in)")
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError(f"x is {_layout(x)}; expected a dense tensor of shape (..., in)")
     if x.dim() == 0:
         raise ValueError("x has no dimension; expected shape (..., in)")
     device_type = x.device.type
@@ -272,6 +274,8 @@ def _check_tensor(name: str, value: Any, x: Tensor, shape: str) -> None:
         raise TypeError(
             f"{name} is a {type(value).__name__}; expected a torch.Tensor of shape {shape}"
         )
+    if value.layout is not torch.strided or value.is_nested:
+        raise TypeError(f"{name} is {_layout(value)}; expected a dense tensor of shape {shape}")
     if value.device != x.device:
         raise ValueError(f"{name} is on {value.device}; expected {x.device}, where x is")
 
@@ -326,6 +330,10 @@ def _numbers(name: str, value: Any, n: int) -> tuple[float, ...]:
                 f"{name} holds a {type(v).__name__}; expected a number for each adapter"
             )
     return tuple([float(v) for v in values])
+
+
+def _layout(value: Tensor) -> str:
+    return "a nested tensor" if value.is_nested else f"of layout {value.layout}"
 
 
 def _shape(value: Tensor) -> str:

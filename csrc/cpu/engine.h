@@ -136,7 +136,8 @@ struct AmxEngine {
 
   Tile<Operand> left(int64_t m, int64_t k, const T* x, int64_t stride, const Mask& mask,
                      int64_t row, int64_t column, Scratch& out, Scratch& random) const {
-    if (!mask && k % 2 == 0) return {x, stride};
+    // rows that overlap (expanded, unfolded) are copied: brgemm need not take a stride below k
+    if (!mask && k % 2 == 0 && stride >= k) return {x, stride};
     const int64_t padded = round_up(k, 2), ld = padded + 32;
     BF16* tile = out.get<BF16>(m * ld);
     for (int64_t i = 0; i < m; ++i) {

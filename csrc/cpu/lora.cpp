@@ -9,6 +9,7 @@
 // change between runs with the same number of threads.
 #include "lora.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -351,6 +352,25 @@ at::Tensor gradient(const A* sum, int64_t ld, int64_t offset, int64_t r, int64_t
   return out;
 }
 
+// Memory can be taken from under a tensor (storage.resize_(0), as FSDP frees a parameter): reading
+// on would leave the process.
+void check_memory(const char* name, const at::Tensor& t) {
+  const size_t needed = at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.itemsize(),
+                                                         size_t(t.storage_offset()));
+  const size_t there = t.storage().nbytes();
+  TORCH_CHECK_VALUE(needed <= there, name, " of shape ", t.sizes(), " needs ", needed,
+                    " bytes of memory; its storage has ", there);
+}
+
+void check_memory(const char* name, const OptionalTensor& t) {
+  if (t) check_memory(name, *t);
+}
+
+template <class Tensors>
+void check_memory_of_all(const char* name, const Tensors& tensors) {
+  for (const auto& t : tensors) check_memory(name, t);
+}
+
 bool any(const std::vector<bool>& flags) {
   return std::find(flags.begin(), flags.end(), true) != flags.end();
 }
@@ -362,6 +382,12 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
     const std::vector<at::Tensor>& lora_a, const std::vector<at::Tensor>& lora_b,
     const std::vector<OptionalTensor>& lora_bias, const std::vector<double>& scaling,
     const std::vector<double>& dropout_p, const OptionalTensor& seed) {
+  check_memory("x", x);
+  check_memory("weight", weight);
+  check_memory("bias", bias);
+  check_memory_of_all("lora_a", lora_a);
+  check_memory_of_all("lora_b", lora_b);
+  check_memory_of_all("lora_bias", lora_bias);
   at::Tensor y, s;
   with_engine(x.scalar_type(), [&](const auto& engine) {
     using E = std::decay_t<decltype(engine)>;
@@ -394,6 +420,12 @@ LoRAGradients lora_linear_bwd(const at::Tensor& dy, const OptionalTensor& x,
                               bool need_dx, bool need_dbias, const std::vector<bool>& need_da,
                               const std::vector<bool>& need_db,
                               const std::vector<bool>& need_dlora_bias) {
+  check_memory("dy", dy);
+  check_memory("x", x);
+  check_memory("weight", weight);
+  check_memory_of_all("lora_a", lora_a);
+  check_memory_of_all("lora_b", lora_b);
+  check_memory("s", s);
   LoRAGradients out;
   const size_t n = lora_a.size();
   out.da.resize(n);

@@ -68,12 +68,18 @@ std::shared_ptr<const Packed> make(const at::Tensor& source, at::ScalarType dtyp
   return pack;
 }
 
+constexpr int64_t kWhole = 1 << 16;
+
+// Whether the fingerprint of a tensor is of all its bytes.
+bool is_read_whole(const at::Tensor& t) {
+  return int64_t(t.nbytes()) <= kWhole && t.is_non_overlapping_and_dense();
+}
+
 // What the contents look like: all bytes of a small tensor; of a large one a walk that meets every
 // row and every column. It finds what the version counter does not see: changes through .data or
 // through memory shared with NumPy. A change of a few elements of a large weight on that road can
 // escape it.
 uint64_t fingerprint(const at::Tensor& t) {
-  constexpr int64_t kWhole = 1 << 16;
   const auto* bytes = static_cast<const char*>(t.const_data_ptr());
   const int64_t width = t.element_size(), rows = t.size(0), columns = t.size(1),
                 count = rows * columns;
@@ -84,7 +90,7 @@ uint64_t fingerprint(const at::Tensor& t) {
     hash = (hash ^ word) * 0xD6E8FEB86659FD93ull;
     hash ^= hash >> 32;
   };
-  if (count * width <= kWhole && t.is_non_overlapping_and_dense()) {
+  if (is_read_whole(t)) {
     for (int64_t i = 0; i < count * width; i += 8)
       mix(bytes + i, std::min<int64_t>(8, count * width - i));
     return hash;
@@ -128,6 +134,9 @@ class Cache {
  public:
   std::shared_ptr<const Packed> get(const at::Tensor& source, at::ScalarType dtype, int64_t strip,
                                     int64_t pair, int64_t k_unit) {
+    // an inference tensor counts no versions: what is not read whole could change unseen
+    if (source.is_inference() && !is_read_whole(source))
+      return make(source, dtype, strip, pair, k_unit);
     c10::StorageImpl* storage = source.storage().unsafeGetStorageImpl();
     const Key key{storage,
                   {source.storage_offset(), source.size(0), source.size(1), source.stride(0),
@@ -229,6 +238,7 @@ void clear_packed() {
 }
 
 void set_packed_limit(int64_t bytes) {
+  TORCH_CHECK_VALUE(bytes >= 0, "bytes is ", bytes, "; expected at least 0");
   cache().set_limit(bytes);
 }
 

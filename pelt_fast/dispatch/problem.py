@@ -23,6 +23,7 @@ class LoRAProblem(NamedTuple):
     ranks: tuple[int, ...]
     dropout: bool
     weight_requires_grad: bool
+    weight_is_inference: bool  # made in inference mode: its changes leave no trace
 
     @property
     def rank(self) -> int:

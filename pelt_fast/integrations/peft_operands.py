@@ -65,7 +65,7 @@ def operands(layer: lora.Linear, x: Tensor | None = None) -> Operands | str:
         return "a global module hook is registered"
     base = layer._modules["base_layer"]
     weight, bias = _parameter(base, "weight"), _parameter(base, "bias")
-    autocast = x is not None and _is_autocast(x.device.type)
+    autocast = isinstance(x, Tensor) and _is_autocast(x.device.type)
     obstacle = (
         _module_obstacle(base, _BASE, "base_layer")
         or _tensor_obstacle(weight, "base weight")

@@ -68,6 +68,8 @@ class LoRALinear(nn.Module):
 
         ``adapter_name`` names the adapter ("default").
         """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear is a {type(linear).__name__}; expected a torch.nn.Linear")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._init_base(linear)
@@ -99,20 +101,23 @@ class LoRALinear(nn.Module):
         """Adds an adapter and makes it active beside those that are; arguments as the class's. B starts at zero."""
         if name in self.scaling:
             raise ValueError(f"adapter {name!r} exists already; present: {', '.join(self.scaling)}")
+        _check_number("r", r, int)
+        _check_number("lora_alpha", lora_alpha, (int, float))
+        _check_number("lora_dropout", lora_dropout, (int, float))
         if not 1 <= r <= functional.MAX_RANK:
             raise ValueError(f"r is {r}; expected a rank of 1 to {functional.MAX_RANK}")
         if not 0.0 <= lora_dropout <= 1.0:
             raise ValueError(
                 f"lora_dropout is {lora_dropout}; expected a probability between 0 and 1"
             )
+        if not math.isfinite(lora_alpha):
+            raise ValueError(f"lora_alpha is {lora_alpha}; expected a finite number")
         weight = self.base_layer.weight
         dtype = weight.dtype if dtype is None else dtype
-        self.lora_A[name] = nn.Linear(
-            self.in_features, r, bias=False, device=weight.device, dtype=dtype
-        )
-        self.lora_B[name] = nn.Linear(
-            r, self.out_features, bias=lora_bias, device=weight.device, dtype=dtype
-        )
+        # both are made before either is kept: a failure leaves the layer as it was
+        a = nn.Linear(self.in_features, r, bias=False, device=weight.device, dtype=dtype)
+        b = nn.Linear(r, self.out_features, bias=lora_bias, device=weight.device, dtype=dtype)
+        self.lora_A[name], self.lora_B[name] = a, b
         self.scaling[name] = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.lora_dropout[name] = lora_dropout
         self.reset_adapter(name)
@@ -161,3 +166,9 @@ class LoRALinear(nn.Module):
             f"{name}: r={self.lora_A[name].weight.shape[0]}" for name in self.active_adapters
         )
         return f"in_features={self.in_features}, out_features={self.out_features}, active: {ranks or 'none'}"
+
+
+def _check_number(name: str, value: object, kind: type | tuple[type, ...]) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        expected = "an integer" if kind is int else "a number"
+        raise TypeError(f"{name} is a {type(value).__name__}; expected {expected}")

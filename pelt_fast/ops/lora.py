@@ -41,6 +41,7 @@ def problem_of(
         ranks=tuple([a.shape[0] for a in lora_a]),
         dropout=any(dropout_p),
         weight_requires_grad=weight.requires_grad,
+        weight_is_inference=weight.is_inference(),
     )
 
 
@@ -110,6 +111,8 @@ def _backward(
     need_dlora_bias: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    if dy.layout is not torch.strided:  # gather(sparse_grad=True) gives such ones
+        dy = dy.to_dense()
     rows = _rows(dy)
     tokens = rows.shape[0]
     dx_shape = (*dy.shape[:-1], weight.shape[1])

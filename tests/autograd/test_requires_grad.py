@@ -94,6 +94,18 @@ def test_parameters_accumulate_over_two_backwards(backend, device):
             )
 
 
+def test_sparse_gradient_of_the_output(backend, device):
+    inputs = CASE.make(torch.float64, device)
+    index = torch.zeros((1,) * inputs.dy.dim(), dtype=torch.long, device=device)
+    gradients = []
+    for sparse_grad in (False, True):
+        leaves = inputs.map(lambda name, t: t.detach().requires_grad_(name in NAMES))
+        backend(leaves).gather(-1, index, sparse_grad=sparse_grad).sum().backward()
+        gradients.append([t.grad for name, t in leaves.named_tensors() if name in NAMES])
+    for dense, sparse in zip(*gradients, strict=True):
+        torch.testing.assert_close(sparse, dense)
+
+
 def test_backward_twice_through_one_graph(backend, device):
     inputs = TWO.make(torch.float32, device)
     leaves = inputs.map(lambda name, t: t.detach().requires_grad_(name.startswith("lora")))

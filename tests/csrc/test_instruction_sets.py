@@ -33,6 +33,13 @@ PLAIN = [
 ]
 
 
+ROWS_THAT_OVERLAP = {
+    "expanded": lambda n: torch.randn(n).expand(70, n),
+    "unfolded": lambda n: torch.randn(n + 69).unfold(0, n, 1),
+    "one_row_of_stride_0": lambda n: torch.randn(n).as_strided((1, n), (0, 1)),
+}
+
+
 def run(inputs):
     def call(leaves):
         return PF.lora_linear(*leaves.args, **leaves.kwargs, backend="cpp")
@@ -75,6 +82,20 @@ def test_fp32_adapters_and_a_shrink_that_overflows(dtype, isa):
         results, keep = run(inputs)
         assert all(value.isfinite().all() for value in results.values())
         assert_accurate(results, inputs, keep)
+
+
+@pytest.mark.parametrize("rows", ROWS_THAT_OVERLAP)
+def test_rows_that_overlap(rows, isa):
+    x = ROWS_THAT_OVERLAP[rows](96).bfloat16()
+    dy = ROWS_THAT_OVERLAP["expanded"](40)[: x.shape[0]].bfloat16()
+    weight, lora_a, lora_b = (torch.randn(s).bfloat16() for s in ((40, 96), (4, 96), (40, 4)))
+    outcomes = []
+    for layout in (lambda t: t, lambda t: t.clone(memory_format=torch.contiguous_format)):
+        leaves = [t.clone().requires_grad_() for t in (lora_a, lora_b)]
+        y = PF.lora_linear(layout(x), weight, None, *leaves, 1.0, backend="cpp")
+        outcomes.append((y, *torch.autograd.grad(y, leaves, layout(dy))))
+    for overlapping, contiguous in zip(*outcomes, strict=True):
+        torch.testing.assert_close(overlapping, contiguous)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)

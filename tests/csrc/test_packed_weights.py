@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from pelt_fast import explain
 from pelt_fast import functional as PF
 from pelt_fast.nn import LoRALinear
 from pelt_fast.testing.workloads import Case
@@ -185,6 +186,47 @@ def test_inference_tensors_have_no_version_counter(cpp):
             inputs.weight.mul_(2)
 
 
+def test_inference_tensors_changed_in_one_element(cpp):
+    with torch.inference_mode():
+        inputs = Case("", (5,), 260, 392).make(torch.float32)
+        for column in range(3):
+            ours = PF.lora_linear(*inputs.args, backend="cpp")
+            torch.testing.assert_close(ours, PF.lora_linear(*inputs.args, backend="torch"))
+            inputs.weight[100, column] += 50
+
+
+def test_a_large_weight_made_in_inference_mode_is_left_to_torch(cpp):
+    with torch.inference_mode():
+        made_there = Case("", (5,), 260, 392).make(torch.float32)
+    made_here = Case("", (5,), 260, 392).make(torch.float32)
+    for inputs, expected in (made_there, "torch"), (made_here, "cpp"):
+        assert set(explain("lora_linear", *inputs.args).backends) == {expected}
+
+
+@pytest.mark.parametrize("size", [0, 16])
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "lora_a", "lora_b", "lora_bias"])
+def test_memory_taken_from_under_a_tensor(name, size, cpp):
+    call = {
+        "x": torch.randn(3, 40),
+        "weight": torch.randn(24, 40),
+        "bias": torch.randn(24),
+        "lora_a": torch.randn(2, 40),
+        "lora_b": torch.randn(24, 2),
+        "scaling": 1.0,
+        "lora_bias": torch.randn(24),
+    }
+    call[name].untyped_storage().resize_(size)
+    with pytest.raises(ValueError, match=rf"^{name} of shape .* its storage has {size}"):
+        PF.lora_linear(**call, backend="cpp")
+
+
+def test_memory_taken_between_forward_and_backward(inputs, cpp):
+    y = PF.lora_linear(inputs.x.requires_grad_(), *inputs.args[1:], backend="cpp")
+    inputs.weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"^weight of shape .* its storage has 0"):
+        y.backward(inputs.dy)
+
+
 def test_memory_is_reported_and_goes_with_the_weight(cpp):
     inputs = Case("", (5,), 260, 392).make(torch.float32)
     assert cpp.packed_bytes() == 0
@@ -222,6 +264,11 @@ def test_memory_stays_below_the_limit(cpp):
     assert cpp.packed_bytes() > size
     cpp.set_packed_limit(size // 2)
     assert cpp.packed_bytes() <= size // 2
+
+
+def test_a_limit_below_0_is_refused(cpp):
+    with pytest.raises(ValueError, match="bytes is -1; expected at least 0"):
+        cpp.set_packed_limit(-1)
 
 
 def test_limit_0_switches_it_off(cpp):

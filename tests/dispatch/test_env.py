@@ -43,6 +43,7 @@ def test_empty_means_unset():
         ("PELT_FAST_PACK_LIMIT_MB", "-1", "a whole number"),
         ("PELT_FAST_PACK_LIMIT_MB", "1.5", "a whole number"),
         ("PELT_FAST_PACK_LIMIT_MB", "lots", "a whole number"),
+        ("PELT_FAST_PACK_LIMIT_MB", str(2**43), f"0 to {2**43 - 1}"),
     ],
 )
 def test_nonsense_names_the_variable_the_value_and_what_is_allowed(name, value, expected):

@@ -40,6 +40,18 @@ BAD = {
     "x_fp8": (arguments(x=torch.ones(3, IN).to(torch.float8_e4m3fn)), TypeError, ["x", "float8"]),
     "x_features": (arguments(x=torch.randn(3, 5)), ValueError, ["weight", "(6, 4)", "5"]),
     "x_other_dtype": (arguments(x=torch.randn(3, IN).double()), TypeError, ["weight", "float32", "float64"]),
+    "x_sparse": (arguments(x=torch.ones(3, IN).to_sparse()), TypeError, ["x", "torch.sparse_coo", "dense"]),
+    "x_mkldnn": (arguments(x=torch.ones(3, IN).to_mkldnn()), TypeError, ["x", "mkldnn", "dense"]),
+    "x_nested": (
+        arguments(x=torch.nested.nested_tensor([torch.ones(3, IN)], layout=torch.jagged)),
+        TypeError, ["x", "nested", "dense"]
+    ),
+    "weight_sparse": (
+        arguments(weight=torch.ones(OUT, IN).to_sparse()), TypeError, ["weight", "torch.sparse_coo", "dense"]
+    ),
+    "bias_sparse": (arguments(bias=torch.ones(OUT).to_sparse()), TypeError, ["bias", "sparse_coo", "(out,)"]),
+    "lora_a_sparse": (arguments(lora_a=torch.ones(R, IN).to_sparse()), TypeError, ["lora_a", "sparse_coo"]),
+    "lora_b_sparse": (arguments(lora_b=torch.ones(OUT, R).to_sparse()), TypeError, ["lora_b", "sparse_coo"]),
     "weight_none": (arguments(weight=None), TypeError, ["weight", "NoneType", "(out, in)"]),
     "weight_1d": (arguments(weight=torch.randn(IN)), ValueError, ["weight", "(4,)", "(out, in)"]),
     "weight_3d": (arguments(weight=torch.randn(1, OUT, IN)), ValueError, ["weight", "(1, 6, 4)"]),

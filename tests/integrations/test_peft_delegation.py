@@ -248,6 +248,8 @@ def test_errors_are_those_of_peft(layer, x) -> None:
     with pytest.raises(RuntimeError) as actual:
         layer(wrong)
     assert str(actual.value) == str(expected.value)
+    with pytest.raises(TypeError, match="must be Tensor, not str"):
+        layer("text")
 
 
 def test_meta_tensors(layer, x) -> None:

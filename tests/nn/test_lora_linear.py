@@ -221,6 +221,7 @@ def test_use_backend_reaches_the_layer(layer, x):
         ({"r": 0}, r"r is 0; expected a rank of 1 to 256"),
         ({"r": 257}, r"r is 257; expected a rank of 1 to 256"),
         ({"lora_dropout": -0.5}, r"lora_dropout is -0.5; expected .* between 0 and 1"),
+        ({"lora_alpha": float("nan")}, r"lora_alpha is nan; expected a finite number"),
         ({"lora_dropout": 1.5}, r"lora_dropout is 1.5; expected .* between 0 and 1"),
     ],
 )
@@ -229,11 +230,29 @@ def test_bad_adapters_are_named(arguments, message):
         LoRALinear(12, 20, **arguments)
 
 
+@pytest.mark.parametrize("value", [True, None, "8"])
+@pytest.mark.parametrize("name", ["r", "lora_alpha", "lora_dropout"])
+def test_numbers_of_a_wrong_type_are_named(name, value):
+    with pytest.raises(TypeError, match=rf"^{name} is a {type(value).__name__}; expected a"):
+        LoRALinear(12, 20, **{name: value})
+
+
+def test_from_linear_takes_linears_alone():
+    for other in (nn.Conv1d(12, 20, 1), LoRALinear(12, 20), None):
+        with pytest.raises(TypeError, match=rf"^linear is a {type(other).__name__}; expected a"):
+            LoRALinear.from_linear(other)
+        if other is not None:
+            assert any(p.requires_grad for p in other.parameters())
+
+
 def test_bad_adapter_leaves_the_layer_as_it_was(layer, x):
     expected = layer(x)
     for bad in ({"name": "new", "r": 0}, {"name": "default", "r": 2}):
         with pytest.raises(ValueError, match=r"default|rank"):
             layer.add_adapter(**bad)
+    with pytest.raises(RuntimeError):
+        layer.add_adapter("new", 2, dtype=torch.int32)
+    assert set(layer.lora_A) == set(layer.lora_B) == {"default"}
     with pytest.raises(ValueError, match=r"'absent'.*default"):
         layer.set_adapter("absent")
     assert torch.equal(layer(x), expected)
