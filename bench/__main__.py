@@ -43,9 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     meta = environment.describe(device)
     meta["mode"] = "full" if options.full else "quick"
     console.print(f"[bold]pelt_fast benchmark[/] on {meta['device']} ({meta['instruction_set']})")
-    console.print(
-        f"about {sum(seconds.values()) / 60:.0f} minutes; results go to {folder}\n", highlight=False
-    )
+    parts = [part for part in seconds if options.only in (None, part)]
+    minutes = sum(options.budget or seconds[part] for part in parts) / 60
+    about = f"about {minutes:.0f} minutes" if minutes >= 1.5 else "about a minute"
+    console.print(f"{about}; results go to {folder}\n", highlight=False, soft_wrap=True)
     failed = False
     rows: list[Row] = []
     tunes: list[FineTune] = []
@@ -133,6 +134,7 @@ def _table(
             "-q",
             "--no-header",
             "--no-summary",
+            "--capture=no",  # or the lines of the rows are swallowed
             "--benchmark-quiet",
             "-p",
             "no:cacheprovider",
@@ -161,7 +163,9 @@ class _Listener:
         self._progress.update(
             self._task, description=f"kernel table {done}/{total}", completed=done, total=total
         )
-        self._progress.console.print(f"{row.case!s:32} {_line(row)}", highlight=False, markup=False)
+        self._progress.console.print(
+            f"{row.case!s:32} {_line(row)}", highlight=False, markup=False, soft_wrap=True
+        )
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
         """No dots: they would run through the lines of the rows."""
@@ -210,7 +214,8 @@ def _present(results: Results, folder: Path, readme: Path | None, console: Conso
     written = [folder / "results.json", folder / "kernels.csv", folder / "finetune.csv", *drawn]
     if readme is not None and readme.exists() and report.update_readme(readme, results, folder):
         written.append(readme)
-    console.print("\nwritten: " + ", ".join(str(path) for path in written), highlight=False)
+    names = ", ".join(str(path) for path in written)
+    console.print(f"\nwritten: {names}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -193,7 +193,8 @@ def _prepare(plan: Plan, train: data.Split, runs: dict[str, Run], device: torch.
 
 def _cut(plan: Plan, steps: int) -> Plan:
     """Too slow to train here: what was done is there for its step times."""
-    note = "; ".join(filter(None, (plan.note, f"cut to {steps} steps to keep to the time budget")))
+    kept = [part for part in plan.note.split("; ") if part and not part.startswith("cut to ")]
+    note = "; ".join([*kept, f"cut to {steps} steps to keep to the time budget"])
     return replace(plan, steps=min(steps, MIN_STEPS - 1), note=note)
 
 

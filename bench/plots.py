@@ -86,7 +86,8 @@ def plot_overhead(results: Results, path: Path) -> bool:
                 fontsize=9,
             )
         axes[-1, 0].set_xlabel(
-            "PELT overhead = (ours − frozen) / (PEFT − frozen), forward + backward"
+            "PELT overhead = (ours − frozen) / (PEFT − frozen), forward + backward, r = 8; "
+            "rows: tokens × in → out"
         )
         _title(figure, height, "What LoRA costs on top of the frozen linear", results)
         handles, labels = [], []
@@ -282,7 +283,9 @@ def _kind_label(kind: str, accuracy: list[float]) -> str:
 def _title(figure: Any, height: float, title: str, results: Results) -> None:
     meta = results["meta"]
     figure.text(0.012, 1 - 0.14 / height, title, fontsize=13, fontweight="bold", va="top")
-    versions = f"torch {meta['versions']['torch']}, pelt_fast {meta['commit']}"
+    versions = f"torch {meta['versions']['torch']}, pelt_fast {meta['commit']}, {meta['date'][:10]}"
+    if meta.get("load_average", 0) > 0.5:
+        versions += f", busy: load {meta['load_average']}"
     line = f"{meta['device']} ({meta['instruction_set']}), {versions}"
     figure.text(0.012, 1 - 0.43 / height, line, fontsize=9, color=FAINT, va="top")
 

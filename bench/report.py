@@ -58,6 +58,7 @@ class TextTable:
             table.add_column(
                 Text(self.columns[i]),
                 justify="left" if i == 0 else "right",
+                no_wrap=i == 0,  # headings shrink instead of it, and no column is pushed out
                 min_width=min(longest, 28) if i != shown[-1] else None,
             )
         for row in self.rows:
@@ -101,7 +102,8 @@ def headlines(results: Results) -> list[str]:
 
 def _finetune_headline(one: dict[str, Any]) -> str:
     eager, ours = (one["runs"][kind]["model_ms"]["median"] for kind in ("eager", "accelerated"))
-    text = f"MiniLM fine-tune in {one['plan']['dtype']}: a step takes {ours / eager:.2f} × PEFT's"
+    text = f"MiniLM fine-tune in {one['plan']['dtype']}: forward and backward take "
+    text += f"{ours / eager:.2f} × PEFT's time"
     if not one["trained"]:
         return text + " (timed in a few steps, not trained)."
     if one["overhead"]:
@@ -193,9 +195,18 @@ def _train_table(results: Results) -> TextTable:
     table = TextTable(
         "LoRA linear, r = 8, forward + backward (ms, medians)",
         ["T × in → out", "frozen", "PEFT", "ours", "ours / PEFT"]
-        + ["overhead", "p10 to p90", "dropout", "fp32 adapter", "error / PEFT", "max error", "ran"]
+        + [
+            "overhead",
+            "p10 to p90",
+            "dropout",
+            "fp32 adapter",
+            "error / PEFT",
+            "max error",
+            "rounds",
+        ]
+        + ["ran"]
         + (["GB/s", "TFLOP/s", "host ms"] if gpu else []),
-        wide=("p10 to p90", "max error"),
+        wide=("p10 to p90", "max error", "rounds"),
     )
     for row in run_rows(results):
         if row["mode"] != "train":
@@ -212,6 +223,7 @@ def _train_table(results: Results) -> TextTable:
             _overhead_cell(row, "ours_fp32"),
             _error_cell(error),
             f"{error['max']:.2f}" if error else "–",
+            str(row["rounds"]),
             ours["ran"] if not ours["wrong"] else f"WRONG {LOST}",
         ]
         if gpu:
@@ -310,6 +322,9 @@ def _memory_table(results: Results) -> TextTable:
     return table
 
 
+KEYS = {"overhead": "model_ms", "step_overhead": "step_ms"}
+
+
 def _finetune_table(results: Results) -> TextTable:
     table = TextTable(
         "Fine-tune: MiniLM-L6, Rotten Tomatoes, LoRA r = 8 on every linear (ms, medians)",
@@ -323,7 +338,9 @@ def _finetune_table(results: Results) -> TextTable:
         for kind, run in runs.items():
 
             def overhead(key: str, kind: str = kind, one: dict[str, Any] = one) -> str:
-                ours = f"{one[key]['value']:+.2f}" if one[key] else "–"
+                times = [one["runs"][k][KEYS[key]]["median"] for k in ("accelerated", "eager")]
+                bare = f"×{times[0] / times[1]:.2f}"
+                ours = f"{one[key]['value']:+.2f}" if one[key] else bare
                 return {"eager": "1", "frozen": "0"}.get(kind, ours)
 
             model, step = run["model_ms"], run["step_ms"]
