@@ -37,6 +37,8 @@ def prefers_fused(problem: Any) -> bool:
     """Whether the fused kernels are modelled to be faster than the library's GEMM plus addmm."""
     if problem.dropout:
         return True  # the composition writes and reads masks of the size of x, several times over
+    if problem.in_features % 8 or problem.out_features % 8:
+        return False  # unaligned rows are loaded one element at a time
     fused, composed = modelled_seconds(problem)
     return fused < composed
 

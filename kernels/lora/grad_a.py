@@ -56,6 +56,9 @@ def default_config(problem: Any) -> GradAConfig:
     block_r = power_of_two(sum(problem.ranks), 16, 64 if wide else 128)
     block_t = power_of_two(problem.tokens, 16, 32 if wide else 64)
     block_k = power_of_two(problem.in_features, 16, 64 if wide else 128)
+    if problem.dropout and problem.in_features % 4:
+        # Each element makes its own Philox call, which takes four times the registers.
+        block_t, block_k = min(block_t, 32), min(block_k, 32)
     columns = cdiv(problem.in_features, block_k) * cdiv(sum(problem.ranks), block_r)
     strips = min(cdiv(sm_count(problem.arch), columns), cdiv(problem.tokens, block_t))
     strip = cdiv(cdiv(problem.tokens, strips), block_t) * block_t

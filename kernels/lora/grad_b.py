@@ -59,9 +59,10 @@ def default_config(problem: Any) -> GradBConfig:
     rank = sum(problem.ranks)
     block_r = power_of_two(rank, 16, 64 if wide else 128)
     block_t = power_of_two(problem.tokens, 16, 32 if wide else 64)
-    block_n = power_of_two(
-        problem.out_features, 16, 64 if wide else (256 if block_r <= 32 else 128)
-    )
+    # What a thread holds of dY, B and dB at once has to fit its registers.
+    long_rows = block_r <= 32 and problem.out_features % 8 == 0
+    widest = (64 if block_r <= 16 else 32) if wide else (256 if long_rows else 128)
+    block_n = power_of_two(problem.out_features, 16, widest)
     columns = cdiv(problem.out_features, block_n) * cdiv(rank, block_r)
     strips = min(cdiv(sm_count(problem.arch), columns), cdiv(problem.tokens, block_t))
     strip = cdiv(cdiv(problem.tokens, strips), block_t) * block_t

@@ -60,8 +60,9 @@ def default_config(problem: Any) -> LinearConfig:
     """A configuration from shapes alone: the largest tile that still gives every multiprocessor one."""
     forward = problem.op.endswith("_fwd")
     columns = problem.out_features if forward else problem.in_features
-    # Masks are drawn per output element before the loop: smaller tiles leave them registers.
-    masked = 0 if forward or not problem.dropout else len(problem.ranks)
+    # Masks are drawn per output element before the loop, and rows that start anywhere are loaded one element at a time:
+    # smaller tiles leave both their registers.
+    masks = 0 if forward or not problem.dropout else len(problem.ranks)
     block_r = power_of_two(max(problem.ranks), 16, 32 if itemsize(problem.dtype) == 4 else 64)
     if itemsize(problem.dtype) == 4:
         tiles = [
@@ -70,21 +71,23 @@ def default_config(problem: Any) -> LinearConfig:
         ]
     elif capability(problem.arch) >= 90:
         tiles = [
-            *([] if masked else [LinearConfig(128, 256, 64, block_r, 8, 8, 3)]),
-            *([] if masked > 1 else [LinearConfig(128, 128, 64, block_r, 8, 8, 4)]),
-            *([] if masked > 1 else [LinearConfig(64, 128, 64, block_r, 8, 4, 4)]),
+            LinearConfig(128, 256, 64, block_r, 8, 8, 3),
+            LinearConfig(128, 128, 64, block_r, 8, 8, 4),
+            LinearConfig(64, 128, 64, block_r, 8, 4, 4),
             LinearConfig(64, 64, 64, block_r, 8, 4, 4),
         ]
     else:
         tiles = [
-            *([] if masked > 1 else [LinearConfig(128, 128, 64, block_r, 8, 8, 3)]),
-            *([] if masked > 1 else [LinearConfig(64, 128, 64, block_r, 8, 4, 3)]),
+            LinearConfig(128, 128, 64, block_r, 8, 8, 3),
+            LinearConfig(64, 128, 64, block_r, 8, 4, 3),
             LinearConfig(64, 64, 64, block_r, 8, 4, 3),
         ]
-    tiles += [
-        replace(tiles[-1], block_t=16, block_n=64),
-        replace(tiles[-1], block_t=16, block_n=32),
-    ]
+    if masks > 1 or problem.in_features % 8 or problem.out_features % 8:
+        tiles = [replace(tiles[-1], num_warps=8)]
+    elif masks:
+        tiles = [tile for tile in tiles if tile.block_n <= 128]
+    few = replace(tiles[-1], block_t=16)
+    tiles += [replace(few, block_n=64, num_warps=4), replace(few, block_n=32, num_warps=2)]
     for tile in tiles:
         fits = tile.block_t <= power_of_two(problem.tokens, 16)
         if fits and cdiv(problem.tokens, tile.block_t) * cdiv(columns, tile.block_n) >= sm_count(

@@ -59,7 +59,9 @@ def default_config(problem: Any) -> ShrinkConfig:
     wide = itemsize(problem.dtype) == 4
     block_r = power_of_two(sum(problem.ranks), 16, 64 if wide else 128)
     block_t = power_of_two(problem.tokens, 16, 32 if wide else 64)
-    block_k = 32 if wide else (64 if problem.dropout and forward else 128)
+    masks = len(problem.ranks) if problem.dropout and forward else 0
+    # A mask whose elements each make their own Philox call takes four times the registers.
+    block_k = 32 if wide or (masks and reduced % 4) else (64 if masks else 128)
     tiles = cdiv(problem.tokens, block_t) * cdiv(sum(problem.ranks), block_r)
     # Each part should still loop a few times, or the pipeline never fills.
     most = max(reduced // (4 * block_k), 1)
@@ -69,9 +71,8 @@ def default_config(problem: Any) -> ShrinkConfig:
     # Below half the GPU's width a split pays for its second launch, above it does not.
     split_k = split_k if 2 * tiles <= sm_count(problem.arch) else 1
     # A wide accumulator, or several masks at once, need more warps to keep within their registers.
-    masks = len(problem.ranks) if problem.dropout and forward else 0
     return ShrinkConfig(
-        block_t, block_k, block_r, split_k, 8 if block_r > 64 or masks > 1 else 4, 3
+        block_t, block_k, block_r, split_k, 8 if block_r >= 64 or masks > 1 else 4, 3
     )
 
 

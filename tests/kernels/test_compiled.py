@@ -81,8 +81,9 @@ def test_every_variant(variant, capability, kernels):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_odd_features(capability, kernels):
-    case = Case("odd", (300,), 777, 1001, (Adapter(5, 0.5, 0.1),), bias=True)
+@pytest.mark.parametrize("tokens", [300, 4095])
+def test_odd_features(tokens, capability, kernels):
+    case = Case("odd", (tokens,), 777, 1001, (Adapter(5, 0.5, 0.1),), bias=True)
     _check(
         _reports(kernels, case.make(torch.bfloat16), capability), tensor_core=True, aligned=False
     )
