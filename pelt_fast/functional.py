@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ __all__ = ["explain", "lora_linear", "philox_mask"]
 
 MAX_RANK = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NUMBERS = (float, int, torch.SymFloat, torch.SymInt, Real)  # Real: NumPy's scalars
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -183,13 +185,12 @@ def _check(
 
 
 def _backend_name(weight: Tensor, backend: str | None) -> str:
-    name = "auto" if backend is None else check_name(backend)
-    if torch.compiler.is_compiling():
-        # what use_backend says is read when the compiled operator runs
-        return "torch" if name == "auto" and weight.requires_grad else name
-    if name == "auto":
-        name = asked_for()
-    if name == "auto" and weight.requires_grad and torch.is_grad_enabled():
+    """A backend, "auto", or "" in a graph that is being compiled: then what was asked for is read when it runs."""
+    compiling = torch.compiler.is_compiling()
+    inherited = "" if compiling else asked_for()
+    name = inherited if backend is None else check_name(backend)
+    trains = weight.requires_grad and (compiling or torch.is_grad_enabled())
+    if trains and name in ("", "auto"):
         return "torch"  # a packed copy of a weight that trains would be stale at every step
     return name
 
@@ -325,11 +326,14 @@ def _numbers(name: str, value: Any, n: int) -> tuple[float, ...]:
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * n
     _check_count(name, values, n)
     for v in values:
-        if isinstance(v, bool) or not isinstance(v, (int, float, torch.SymFloat, torch.SymInt)):
+        if isinstance(v, bool) or not isinstance(v, _NUMBERS):
             raise TypeError(
                 f"{name} holds a {type(v).__name__}; expected a number for each adapter"
             )
-    return tuple([float(v) for v in values])
+    try:
+        return tuple([float(v) for v in values])
+    except OverflowError:
+        raise ValueError(f"{name} is too large for a float; expected a finite number") from None
 
 
 def _layout(value: Tensor) -> str:

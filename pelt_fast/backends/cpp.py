@@ -26,7 +26,7 @@ set_packed_limit = _C.set_packed_limit
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-if env.cpu_isa is not None:
+if env.cpu_isa in available_isas():  # a higher one than the machine's is no limit
     set_isa(env.cpu_isa)
 set_packed_limit(env.pack_limit_mb << 20)
 

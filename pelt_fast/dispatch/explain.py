@@ -47,9 +47,9 @@ class Explanation:
         return "\n".join(map(str, self.choices))
 
 
-def explain_problem(problem: Any, name: str = "auto") -> Choice:
-    """The choice for one problem, made the way an operation makes it."""
-    asked = asked_for() if name == "auto" else name
+def explain_problem(problem: Any, name: str = "") -> Choice:
+    """The choice for one problem, made the way an operation makes it; ``name`` as the operators take it."""
+    asked = name or asked_for()
     chosen, error = None, None
     try:
         chosen = select(problem, asked).name

@@ -12,7 +12,7 @@ from ..env import BACKENDS, env
 from .registry import AUTOMATIC, Backend, BackendUnavailable, backend
 
 logger = logging.getLogger("pelt_fast")
-_asked: ContextVar[str] = ContextVar("pelt_fast_backend", default="auto")
+_asked: ContextVar[str | None] = ContextVar("pelt_fast_backend", default=None)
 _chosen: dict[tuple[Any, str], Backend] = {}
 _logged: set[tuple[str, str]] = set()
 _CACHE_LIMIT = 4096  # shapes; a serving process that sees ever new T must not grow without bound
@@ -32,8 +32,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Within the block, in this thread, operations run on this backend.
 
     Args:
-        name: "auto", "torch", "cpp", "triton", "cuda" or "reference". A backend that cannot run an operation
-            raises ``BackendUnavailable`` with its reasons.
+        name: "torch", "cpp", "triton", "cuda" or "reference"; a backend that cannot run an operation raises
+            ``BackendUnavailable`` with its reasons. "auto": the best that can run, whatever is asked for outside.
     """
     token = _asked.set(check_name(name))
     try:
@@ -43,9 +43,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def asked_for() -> str:
-    """What ``use_backend`` or PELT_FAST_BACKEND asks for; "auto" when neither does."""
+    """What ``use_backend``, else PELT_FAST_BACKEND asks for; "auto" when neither does."""
     name = _asked.get()
-    return env.backend if name == "auto" else name
+    return env.backend if name is None else name
 
 
 def select(problem: Any, name: str) -> Backend:

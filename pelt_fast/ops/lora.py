@@ -69,7 +69,7 @@ def _forward(
     if tokens == 0:
         return x.new_empty(shape), x.new_empty((0, sum([a.shape[0] for a in lora_a])))
     problem = problem_of("lora_linear_fwd", rows, weight, lora_a, dropout_p, tokens)
-    run = select(problem, backend if backend != "auto" else asked_for()).module
+    run = select(problem, backend or asked_for()).module
     y, s = run.lora_linear_fwd(
         rows, weight, bias, lora_a, lora_b, lora_bias, scaling, dropout_p, seed
     )
@@ -120,7 +120,7 @@ def _backward(
         needs = (need_dx, need_dbias, need_da, need_db, need_dlora_bias)
         return _no_rows(dy, weight, lora_a, lora_b, dx_shape, *needs)
     problem = problem_of("lora_linear_bwd", rows, weight, lora_a, dropout_p, tokens)
-    run = select(problem, backend if backend != "auto" else asked_for()).module
+    run = select(problem, backend or asked_for()).module
     dx, dbias, da, db, dlora_bias = run.lora_linear_bwd(
         rows,
         None if x is None else _rows(x),

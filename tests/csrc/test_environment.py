@@ -18,7 +18,11 @@ print(cpp.isa(), cpp.packed_bytes() > 0, (y == 8 + 16).all().item())
 
 @pytest.mark.parametrize(
     ("isa", "limit", "expected"),
-    [("default", "0", "default False True"), ("", "1", "{best} True True")],
+    [
+        ("default", "0", "default False True"),
+        ("", "1", "{best} True True"),
+        ("amx", "1", "{best} True True"),
+    ],
 )
 def test_instruction_set_and_limit(isa, limit, expected, cpp):
     done = subprocess.run(

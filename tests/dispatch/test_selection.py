@@ -258,3 +258,13 @@ def test_cuda_says_what_there_is_instead(inputs):
 def test_a_trainable_weight_is_not_packed(inputs):
     trainable = replace(inputs, weight=inputs.weight.clone().requires_grad_())
     assert chosen(trainable) == "torch"
+
+
+def test_auto_by_name_overrides_what_is_asked_for_outside(inputs, monkeypatch):
+    with pelt_fast.use_backend("reference"):
+        assert chosen(inputs) == "reference"
+        assert chosen(inputs, backend="auto") != "reference"
+    monkeypatch.setattr(select, "env", Env(backend="reference"))
+    assert chosen(inputs) == "reference"
+    with pelt_fast.use_backend("auto"):
+        assert chosen(inputs) != "reference"

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -151,3 +152,14 @@ def test_fp32_adapters_want_a_half_precision_base():
 def test_unknown_operation_of_explain():
     with pytest.raises(ValueError, match=r"'conv'.*lora_linear"):
         PF.explain("conv")
+
+
+def test_a_number_of_numpy_is_a_number():
+    call = arguments()
+    plain = PF.lora_linear(**call)
+    assert torch.equal(plain, PF.lora_linear(**{**call, "scaling": numpy.float32(0.5)}))
+
+
+def test_a_number_too_large_for_a_float_is_named():
+    with pytest.raises(ValueError, match="scaling is too large"):
+        PF.lora_linear(**arguments(scaling=10**400))
