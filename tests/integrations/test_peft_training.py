@@ -85,7 +85,9 @@ def test_trainer_saves_and_resumes(make, architectures, accelerated, tmp_path) -
     saved = {}
     for name, model in {"plain": make("llama"), "fast": accelerated(make("llama"))}.items():
         train(model, tmp_path / name, batches)
-        transformers.Trainer(model=model, args=None).save_model(tmp_path / name)
+        # without arguments it would make a folder where the tests are started
+        arguments = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+        transformers.Trainer(model=model, args=arguments).save_model(tmp_path / name)
         saved[name] = sorted(path.name for path in (tmp_path / name).iterdir())
     assert saved["plain"] == saved["fast"]
     assert "adapter_model.safetensors" in saved["fast"]
