@@ -68,7 +68,7 @@ def test_default_config_is_legal(file):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.__name__.rpartition(".")[2])
 def test_candidates_are_of_the_default_kind(file):
-    candidates = list(file.candidate_configs(PROBLEMS[0]))
+    candidates = list(file.candidate_configs(_problem()))
     assert len(candidates) == len(set(candidates)) > 4
     assert {type(candidate) for candidate in candidates} == {type(file.default_config(PROBLEMS[0]))}
 
