@@ -180,6 +180,7 @@ PELT_INLINE void micro(int64_t k, const Acc<T>* a, int64_t lda, const T* b, int6
         for (int v = 0; v < NV; ++v) acc[i][v] += a[i * lda + p + 1] * bit_cast<V>(low[v]);
     }
   } else {
+#pragma GCC unroll 4
     for (int64_t p = 0; p < k; ++p) {
       V row[NV];
       if constexpr (MR <= kFewRows) prefetch<NV * N * sizeof(T)>(b + p * ldb);
@@ -210,13 +211,20 @@ template <class T, int NV, int MR>
 void rows(int64_t m, int64_t k, const Acc<T>* a, int64_t lda, const T* b, int64_t ldb, Acc<T>* c,
           int64_t ldc, bool accumulate) {
   for (; m >= MR; m -= MR, a += MR * lda, c += MR * ldc)
-    for (int64_t p = 0; p < k; p += kRun<T>)
-      micro<T, MR, NV>(k - p < kRun<T> ? k - p : kRun<T>, a + p, lda, b + p * ldb, ldb, c, ldc,
-                       accumulate || p > 0);
+    micro<T, MR, NV>(k, a, lda, b, ldb, c, ldc, accumulate);
   if constexpr (MR > 1) {
     if (m > 0)
       rows<T, NV, (MR > 8 ? 8 : MR > 4 ? 4 : MR / 2)>(m, k, a, lda, b, ldb, c, ldc, accumulate);
   }
+}
+
+// One run after the other, all rows in each: the piece of b that they share stays in level 1.
+template <class T, int NV, int MR>
+void runs(int64_t m, int64_t k, const Acc<T>* a, int64_t lda, const T* b, int64_t ldb, Acc<T>* c,
+          int64_t ldc, bool accumulate) {
+  for (int64_t p = 0; p < k; p += kRun<T>)
+    rows<T, NV, MR>(m, k - p < kRun<T> ? k - p : kRun<T>, a + p, lda, b + p * ldb, ldb, c, ldc,
+                    accumulate || p > 0);
 }
 
 template <class T>
@@ -226,8 +234,8 @@ void gemm(int64_t m, int64_t n, int64_t k, const Acc<T>* a, int64_t lda, const T
   // two vectors wide, with rows to fill the registers: 16 of them, or 32 where vectors are 64 bytes
   constexpr int wide_rows = PELT_BYTES == 64 ? 12 : 6, narrow_rows = PELT_BYTES == 64 ? 16 : 12;
   for (; n >= 2 * N; n -= 2 * N, b += 2 * N * kPair<T>, c += 2 * N)
-    rows<T, 2, wide_rows>(m, k, a, lda, b, ldb, c, ldc, accumulate);
-  if (n > 0) rows<T, 1, narrow_rows>(m, k, a, lda, b, ldb, c, ldc, accumulate);
+    runs<T, 2, wide_rows>(m, k, a, lda, b, ldb, c, ldc, accumulate);
+  if (n > 0) runs<T, 1, narrow_rows>(m, k, a, lda, b, ldb, c, ldc, accumulate);
 }
 
 // ---- elementwise ----

@@ -239,10 +239,13 @@ struct Pass {
 
 // Rows in blocks, blocks in chunks of one thread each.
 struct Plan {
-  int64_t rows, block, blocks, chunks;
+  // products below which waking other threads costs more than they bring
+  static constexpr int64_t kAlone = int64_t(1) << 20;
 
-  Plan(int64_t rows, int64_t most, int64_t unit) : rows(rows) {
-    const int64_t threads = at::get_num_threads();
+  int64_t rows, threads, block, blocks, chunks;
+
+  Plan(int64_t rows, int64_t products, int64_t most, int64_t unit)
+      : rows(rows), threads(products < kAlone ? 1 : at::get_num_threads()) {
     // as many blocks for every thread; small inputs get smaller blocks before threads go idle
     const int64_t wanted = round_up(std::max<int64_t>(1, (rows + most - 1) / most),
                                     std::min(threads, std::max<int64_t>(1, rows / 64)));
@@ -266,7 +269,7 @@ struct Plan {
 // block.
 template <class E, class Start, class After>
 void run_pass(const Pass<E>& pass, const Plan& plan, const Start& start, const After& after) {
-  const int64_t strips = pass.weight ? pass.weight->strips() : 0, threads = at::get_num_threads();
+  const int64_t strips = pass.weight ? pass.weight->strips() : 0, threads = plan.threads;
   // too few rows for all threads: the product is split over columns as well, after the shrink
   const int64_t splits =
       plan.chunks >= threads ? 1 : std::min(strips, (threads + plan.blocks - 1) / plan.blocks);
@@ -398,7 +401,7 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
     const at::Tensor biases = total_bias<typename E::A>(bias, lora_bias, scaling);
     y = empty_rows(x.size(0), weight.size(0), x.options());
     s = at::empty({x.size(0), adapters.rank}, x.options());
-    const Plan plan(x.size(0), E::kBlockRows, E::kRowUnit);
+    const Plan plan(x.size(0), x.size(0) * weight.numel(), E::kBlockRows, E::kRowUnit);
     const at::Tensor shrunk =
         at::empty({x.size(0) * adapters.padded * int64_t(sizeof(typename E::Operand))}, at::kByte);
     Pass<E> pass{engine,      data<T>(x), x.size(0), x.size(1),
@@ -439,7 +442,7 @@ LoRAGradients lora_linear_bwd(const at::Tensor& dy, const OptionalTensor& x,
     const at::ScalarType dtype = dy.scalar_type();
     const int64_t rows = dy.size(0), in_features = weight.size(1), out_features = weight.size(0);
     const bool need_ds = need_dx || any(need_da), need_sum = need_dbias || any(need_dlora_bias);
-    const Plan plan(rows, E::kBlockRows, E::kRowUnit);
+    const Plan plan(rows, rows * weight.numel(), E::kBlockRows, E::kRowUnit);
 
     std::shared_ptr<const Packed> pack;
     if (need_dx) pack = packed(weight.t(), dtype, engine.strip(), kPair<T>, kPair<T>);

@@ -10,8 +10,14 @@ from typing import Any
 
 import torch
 
-from .. import _C
 from ..env import env
+
+try:
+    from .. import _C
+except ImportError as error:
+    raise ImportError(
+        f"the C++ extension is not built or does not load ({error}); python -m pelt_fast info says why"
+    ) from error
 
 # the operations themselves; ``pelt_fast/ops`` calls them with rows (T, features) whose last stride is 1
 lora_linear_fwd = _C.lora_linear_fwd
