@@ -58,8 +58,8 @@ def default_config(problem: Any) -> GradBConfig:
     wide = itemsize(problem.dtype) == 4
     rank = sum(problem.ranks)
     block_r = power_of_two(rank, 16, 64 if wide else 128)
-    block_t = power_of_two(problem.tokens, 16, 32 if wide else 64)
     # What a thread holds of dY, B and dB at once has to fit its registers.
+    block_t = power_of_two(problem.tokens, 16, (16 if block_r > 32 else 32) if wide else 64)
     long_rows = block_r <= 32 and problem.out_features % 8 == 0
     widest = (64 if block_r <= 16 else 32) if wide else (256 if long_rows else 128)
     block_n = power_of_two(problem.out_features, 16, widest)
