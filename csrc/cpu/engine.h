@@ -74,9 +74,9 @@ struct WideEngine {
   using T = T_;
   using A = Acc<T>;
   using Operand = A;
-  // a left tile of 144 × 384 and a product tile of 144 × 512 share a level-2 cache; a strip of W
+  // a left tile of 96 × 384 and a product tile of 96 × 768 share a level-2 cache; a strip of W
   // stays in level 1
-  static constexpr int64_t kBlockRows = 144, kBlockK = 384, kBlockColumns = 512, kRowUnit = 6;
+  static constexpr int64_t kBlockRows = 96, kBlockK = 384, kBlockColumns = 768, kRowUnit = 6;
 
   const Kernels<T>& kernels;
   int64_t lanes() const { return kernels.lanes; }     // unit of a padded rank
