@@ -1,4 +1,4 @@
-// LoRA linear on a CPU; shapes and dtypes were checked by the caller (pelt_fast/backends/cpp.py
+// LoRA linear on a CPU; shapes and dtypes were checked by the caller (pelt_fast/backends/cpp/lora.py
 // says which).
 #pragma once
 

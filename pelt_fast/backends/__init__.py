@@ -1,1 +1,4 @@
-"""The backends. Each module implements the same operations; see ``pelt_fast/dispatch/registry.py``."""
+"""The backends, one package each; in it a module for every family of operations, all with the same functions.
+
+See ``pelt_fast/dispatch/registry.py``.
+"""

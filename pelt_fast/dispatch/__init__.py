@@ -1,11 +1,12 @@
 """From a problem to the backend that runs it."""
 
 from .explain import Choice, Explanation, explain_problem
-from .problem import LoRAProblem, arch_of
+from .problem import AdapterProblem, LoRAProblem, arch_of
 from .registry import BackendUnavailable, backend
 from .select import asked_for, check_name, select, use_backend
 
 __all__ = [
+    "AdapterProblem",
     "BackendUnavailable",
     "Choice",
     "Explanation",

@@ -26,6 +26,11 @@ class LoRAProblem(NamedTuple):
     weight_is_inference: bool  # made in inference mode: its changes leave no trace
 
     @property
+    def family(self) -> str:
+        """The module of a backend that has this operation."""
+        return "lora"
+
+    @property
     def rank(self) -> int:
         """Sum of the ranks of the active adapters."""
         return sum(self.ranks)
@@ -35,6 +40,37 @@ class LoRAProblem(NamedTuple):
         ranks = "+".join(map(str, self.ranks))
         text = f"{self.op} {dtype} T={self.tokens} in={self.in_features} out={self.out_features} r={ranks}"
         text += " dropout" if self.dropout else ""
+        return f"{text} on {self.device_type} ({self.arch})"
+
+
+class AdapterProblem(NamedTuple):
+    """One pass of the bottleneck adapter. ``dtype`` is x's, the one that is computed in."""
+
+    op: str  # "bottleneck_adapter_fwd" | "bottleneck_adapter_bwd"
+    device_type: str
+    arch: str
+    dtype: torch.dtype
+    param_dtypes: tuple[torch.dtype, ...]
+    tokens: int
+    features: int
+    bottleneck: int
+    activation: str
+    pre_ln: bool
+    post_ln: bool
+    skip: bool
+    gate: bool
+    dropout: bool
+
+    @property
+    def family(self) -> str:
+        """The module of a backend that has this operation."""
+        return "adapter"
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        text = f"{self.op} {dtype} T={self.tokens} d={self.features} m={self.bottleneck} {self.activation}"
+        flags = ("pre_ln", "post_ln", "skip", "gate", "dropout")
+        text += "".join(f" {flag}" for flag in flags if getattr(self, flag))
         return f"{text} on {self.device_type} ({self.arch})"
 
 

@@ -1,4 +1,8 @@
-"""The backends by name. Each is a module with ``unsupported(problem)``, ``priority(problem)`` and the operations."""
+"""The backends by name and family of operations.
+
+Each pair is a module, ``pelt_fast/backends/<package>/<family>.py``, with ``unsupported(problem)``,
+``priority(problem)`` and the operations of the family.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-MODULES = {
+PACKAGES = {
     "triton": "pelt_fast.backends.triton_",
     "cpp": "pelt_fast.backends.cpp",
     "torch": "pelt_fast.backends.torch_",
@@ -26,7 +30,7 @@ class BackendUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend's module, or the reason why it could not be imported."""
+    """A backend's module for one family, or the reason why it could not be imported."""
 
     name: str
     module: Any  # None when it could not be imported
@@ -45,13 +49,13 @@ class Backend:
 
 
 @cache
-def backend(name: str) -> Backend:
-    """The backend of that name, imported on first use."""
+def backend(name: str, family: str) -> Backend:
+    """The backend of that name for a family of operations, imported on first use."""
     if name == "cuda":
         return Backend(
             name, None, "no CUDA C++ kernel serves this operation; on a GPU use 'triton' or 'torch'"
         )
     try:
-        return Backend(name, importlib.import_module(MODULES[name]))
+        return Backend(name, importlib.import_module(f"{PACKAGES[name]}.{family}"))
     except ImportError as error:
         return Backend(name, None, f"cannot be imported: {error}")

@@ -61,7 +61,7 @@ def select(problem: Any, name: str) -> Backend:
 
 
 def _forced(problem: Any, name: str) -> Backend:
-    found = backend(name)
+    found = backend(name, problem.family)
     reasons = found.unsupported(problem)
     if reasons:
         raise BackendUnavailable(f"backend {name!r} cannot run {problem}:\n" + _bullets(reasons))
@@ -70,7 +70,7 @@ def _forced(problem: Any, name: str) -> Backend:
 
 def ranked(problem: Any) -> list[tuple[Backend, list[str]]]:
     """Every automatic backend with its reasons against the problem, the preferred first."""
-    candidates = [backend(name) for name in AUTOMATIC]
+    candidates = [backend(name, problem.family) for name in AUTOMATIC]
     candidates.sort(key=lambda b: -b.priority(problem))
     return [(b, b.unsupported(problem)) for b in candidates]
 

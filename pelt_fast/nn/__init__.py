@@ -1,5 +1,6 @@
 """Drop-in layers."""
 
+from .adapter import BottleneckAdapter
 from .lora import LoRALinear
 
-__all__ = ["LoRALinear"]
+__all__ = ["BottleneckAdapter", "LoRALinear"]

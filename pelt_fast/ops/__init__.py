@@ -1,5 +1,11 @@
 """The operators: schema, fake kernel, and the step into a backend. Importing this package registers them."""
 
+from .adapter import bottleneck_adapter_bwd, bottleneck_adapter_fwd
 from .lora import lora_linear_bwd, lora_linear_fwd
 
-__all__ = ["lora_linear_bwd", "lora_linear_fwd"]
+__all__ = [
+    "bottleneck_adapter_bwd",
+    "bottleneck_adapter_fwd",
+    "lora_linear_bwd",
+    "lora_linear_fwd",
+]

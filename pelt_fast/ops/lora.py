@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ..dispatch import LoRAProblem, arch_of, asked_for, select
 from .library import define
-
-_unsafe_view = torch.ops.aten._unsafe_view.default
+from .rows import from_rows, to_rows
 
 
 def problem_of(
@@ -45,12 +44,6 @@ def problem_of(
     )
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(..., features) -> (T, features), last stride 1; a view wherever x's strides allow one."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -63,7 +56,7 @@ def _forward(
     seed: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    rows = _rows(x)
+    rows = to_rows(x)
     tokens = rows.shape[0]
     shape = (*x.shape[:-1], weight.shape[0])
     if tokens == 0:
@@ -73,8 +66,7 @@ def _forward(
     y, s = run.lora_linear_fwd(
         rows, weight, bias, lora_a, lora_b, lora_bias, scaling, dropout_p, seed
     )
-    # not a view: autograd forbids in-place changes of views that a custom Function returns
-    return y if len(shape) == 2 else _unsafe_view(y, shape), s
+    return from_rows(y, shape), s
 
 
 def _forward_fake(
@@ -113,17 +105,17 @@ def _backward(
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     if dy.layout is not torch.strided:  # gather(sparse_grad=True) gives such ones
         dy = dy.to_dense()
-    rows = _rows(dy)
+    rows = to_rows(dy)
     tokens = rows.shape[0]
     dx_shape = (*dy.shape[:-1], weight.shape[1])
     if tokens == 0:
         needs = (need_dx, need_dbias, need_da, need_db, need_dlora_bias)
-        return _no_rows(dy, weight, lora_a, lora_b, dx_shape, *needs)
+        return _noto_rows(dy, weight, lora_a, lora_b, dx_shape, *needs)
     problem = problem_of("lora_linear_bwd", rows, weight, lora_a, dropout_p, tokens)
     run = select(problem, backend or asked_for()).module
     dx, dbias, da, db, dlora_bias = run.lora_linear_bwd(
         rows,
-        None if x is None else _rows(x),
+        None if x is None else to_rows(x),
         weight,
         lora_a,
         lora_b,
@@ -137,10 +129,8 @@ def _backward(
         need_db,
         need_dlora_bias,
     )
-    if dx is not None and len(dx_shape) != 2:
-        dx = _unsafe_view(dx, dx_shape)
     return (
-        dy.new_empty(0) if dx is None else dx,
+        dy.new_empty(0) if dx is None else from_rows(dx, dx_shape),
         dy.new_empty(0) if dbias is None else dbias,
         [dy.new_empty(0) if d is None else d for d in da],
         [dy.new_empty(0) if d is None else d for d in db],
@@ -148,7 +138,7 @@ def _backward(
     )
 
 
-def _no_rows(
+def _noto_rows(
     dy: Tensor,
     weight: Tensor,
     lora_a: Sequence[Tensor],

@@ -1,5 +1,6 @@
 """Slow and obvious: what every backend must compute. Any floating dtype, differentiable by autograd."""
 
+from .adapter import bottleneck_adapter
 from .lora import lora_linear
 
-__all__ = ["lora_linear"]
+__all__ = ["bottleneck_adapter", "lora_linear"]

@@ -57,7 +57,9 @@ def as_cpp(monkeypatch):
     def put(fake, missing=None):
         found = Backend("cpp", None if missing else fake, missing)
         real = registry.backend
-        monkeypatch.setattr(select, "backend", lambda name: found if name == "cpp" else real(name))
+        monkeypatch.setattr(
+            select, "backend", lambda name, family: found if name == "cpp" else real(name, family)
+        )
         return fake
 
     return put

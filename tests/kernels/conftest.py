@@ -43,14 +43,14 @@ class Kernels:
             return self.launch(inputs)
 
     def launch(self, inputs: LoRAInputs) -> oracle.Results:
-        from pelt_fast.backends import triton_
+        from pelt_fast.backends.triton_ import lora as triton_lora
 
         rows, seed, n = oracle.as_rows(inputs), self.seed(inputs), len(inputs.lora_a)
         factors = (rows.scaling, rows.dropout_p, seed)
-        y, s = triton_.lora_linear_fwd(
+        y, s = triton_lora.lora_linear_fwd(
             rows.x, rows.weight, rows.bias, rows.lora_a, rows.lora_b, rows.lora_bias, *factors
         )
-        dx, dbias, da, db, dlora_bias = triton_.lora_linear_bwd(
+        dx, dbias, da, db, dlora_bias = triton_lora.lora_linear_bwd(
             *(rows.dy, rows.x, rows.weight, rows.lora_a, rows.lora_b, s, *factors),
             need_dx=True,
             need_dbias=rows.bias is not None,

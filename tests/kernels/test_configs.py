@@ -9,7 +9,7 @@ import torch
 from pelt_fast.dispatch import LoRAProblem
 
 pytest.importorskip("triton")
-from pelt_fast.backends import triton_
+from pelt_fast.backends.triton_ import lora as triton_lora
 from pelt_fast.kernels.common.adapters import AdapterTable
 from pelt_fast.kernels.lora import choice, grad_a, grad_b, linear, shrink
 
@@ -99,19 +99,19 @@ def test_thresholds_keep_their_type():
 
 
 def test_unsupported_gives_reasons():
-    assert triton_.unsupported(_problem()) == []
-    assert "float64" in triton_.unsupported(_problem(dtype=torch.float64))[0]
-    assert "rank 257" in triton_.unsupported(_problem(ranks=(8, 257)))[0]
-    assert "sm_75" in triton_.unsupported(_problem(arch="sm_75"))[0]
-    assert "mps" in triton_.unsupported(_problem(device_type="mps"))[0]
-    assert "CPU" in triton_.unsupported(_problem(device_type="cpu", arch="avx2"))[0]
+    assert triton_lora.unsupported(_problem()) == []
+    assert "float64" in triton_lora.unsupported(_problem(dtype=torch.float64))[0]
+    assert "rank 257" in triton_lora.unsupported(_problem(ranks=(8, 257)))[0]
+    assert "sm_75" in triton_lora.unsupported(_problem(arch="sm_75"))[0]
+    assert "mps" in triton_lora.unsupported(_problem(device_type="mps"))[0]
+    assert "CPU" in triton_lora.unsupported(_problem(device_type="cpu", arch="avx2"))[0]
 
 
 def test_dropout_is_fused_and_unaligned_rows_are_not():
     assert choice.prefers_fused(_problem(dropout=True))
     assert not choice.prefers_fused(_problem(in_features=1023))
-    assert triton_.priority(_problem(dropout=True)) > triton_.priority(_problem(in_features=1023))
-    assert triton_.priority(_problem(device_type="cpu")) == 0
+    assert triton_lora.priority(_problem(dropout=True)) > triton_lora.priority(_problem(in_features=1023))
+    assert triton_lora.priority(_problem(device_type="cpu")) == 0
 
 
 def test_model_of_the_choice_grows_with_work():

@@ -7,7 +7,7 @@ from pelt_fast.testing.tolerance import deviations
 from pelt_fast.testing.workloads import Adapter, Case
 
 pytest.importorskip("triton")
-from pelt_fast.backends import triton_
+from pelt_fast.backends.triton_ import lora as triton_lora
 from pelt_fast.testing.gpu_free import Trace, compiling, inspect_kernel, mutant, violations
 
 ODD = Case("odd", (21,), 37, 29, (Adapter(3),), x_layout="sliced", dy_layout="sliced")
@@ -22,7 +22,7 @@ def broken(monkeypatch, tmp_path, kernels):
         pytest.skip("a broken kernel may take a GPU down")
 
     def put(file, old, new):
-        monkeypatch.setattr(triton_, file, mutant(getattr(triton_, file), old, new, tmp_path))
+        monkeypatch.setattr(triton_lora, file, mutant(getattr(triton_lora, file), old, new, tmp_path))
 
     return put
 

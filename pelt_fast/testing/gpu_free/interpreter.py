@@ -7,7 +7,7 @@ and rounded to nearest even, and tf32 operands are rounded as `mma.sync` sees th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from types import FunctionType
@@ -16,6 +16,7 @@ from unittest import mock
 
 import numpy as np
 import triton.language as tl
+from torch import Tensor
 from triton.runtime import interpreter
 from triton.runtime.interpreter import (
     GridExecutor,
@@ -162,6 +163,16 @@ class MendedBuilder(InterpreterBuilder):
         super().set_grid_idx(x, y, z)
 
 
+def _tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors among the arguments of a launch, by name; in a named tuple by the name of their field."""
+    for name, value in arguments.items():
+        if isinstance(value, tuple):
+            fields = getattr(value, "_fields", None) or [f"{name}[{i}]" for i in range(len(value))]
+            yield from _tensors(dict(zip(fields, value, strict=True)))
+        elif isinstance(value, Tensor):
+            yield name, value
+
+
 def _sees_triton_language() -> FunctionType:
     """A function in whose globals the interpreter finds every module that it has to patch."""
     return FunctionType(_sees_triton_language.__code__, {"tl": tl, "core": tl.core})
@@ -186,9 +197,7 @@ def interpreting(trace: Trace | None = None, capability: int = 80) -> Iterator[N
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         if trace is not None:
             named = dict(zip(self.arg_names, args, strict=False)) | kwargs
-            trace.begin(
-                self.__name__, {k: v for k, v in named.items() if hasattr(v, "untyped_storage")}
-            )
+            trace.begin(self.__name__, dict(_tensors(named)))
         interpreted(self).run(*args, grid=grid, warmup=warmup, **kwargs)
 
     with ExitStack() as stack:

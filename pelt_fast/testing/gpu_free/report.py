@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ...backends import triton_
+from ...backends.triton_ import lora as triton_lora
 from ..oracle import as_rows
 from ..workloads import Adapter, Case, LoRAInputs
 from . import CompiledLaunch, Trace, compiling, inspect_kernel, interpreting
@@ -26,10 +26,10 @@ def launches(inputs: LoRAInputs) -> tuple[Callable[[], None], Callable[[], None]
 
     def forward() -> None:
         weights = (rows.weight, rows.bias, rows.lora_a, rows.lora_b, rows.lora_bias)
-        saved.append(triton_.lora_linear_fwd(rows.x, *weights, *rest)[1])
+        saved.append(triton_lora.lora_linear_fwd(rows.x, *weights, *rest)[1])
 
     def backward() -> None:
-        triton_.lora_linear_bwd(
+        triton_lora.lora_linear_bwd(
             rows.dy,
             rows.x,
             rows.weight,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..random import keep_scale, philox_mask
+from ...random import keep_scale, philox_mask
 
 
 def unsupported(problem: Any) -> list[str]:

@@ -14,11 +14,11 @@ import torch
 import triton
 from torch import Tensor
 
-from ..env import env
-from ..kernels.common.adapters import AdapterTable
-from ..kernels.common.hardware import capability
-from ..kernels.lora import choice, grad_a, grad_b, linear, shrink
-from ..random import keep_scale
+from ...env import env
+from ...kernels.common.adapters import AdapterTable
+from ...kernels.common.hardware import capability
+from ...kernels.lora import choice, grad_a, grad_b, linear, shrink
+from ...random import keep_scale
 
 _MAX_RANK = 256
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..random import keep_scale, philox_mask
+from ... import reference
+from ...random import keep_scale, philox_mask
 
 
 def unsupported(problem: Any) -> list[str]:

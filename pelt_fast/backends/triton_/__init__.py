@@ -1,0 +1,1 @@
+"""Triton kernels: ``pelt_fast/kernels``."""

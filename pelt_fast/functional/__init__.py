@@ -1,0 +1,44 @@
+"""What a user calls with tensors. Arguments are checked here, once; below, shapes and dtypes are right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..activations import ACTIVATIONS, activation_name
+from ..dispatch import Explanation
+from ..random import philox_mask
+from .adapter import bottleneck_adapter, explain_bottleneck_adapter
+from .lora import MAX_RANK, explain_lora_linear, lora_linear
+
+__all__ = [
+    "ACTIVATIONS",
+    "MAX_RANK",
+    "activation_name",
+    "bottleneck_adapter",
+    "explain",
+    "lora_linear",
+    "philox_mask",
+]
+
+_EXPLAINED: dict[str, Callable[..., Explanation]] = {
+    "lora_linear": explain_lora_linear,
+    "bottleneck_adapter": explain_bottleneck_adapter,
+}
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend a call would run on, forward and backward, and why not the others.
+
+    Args:
+        op: "lora_linear" or "bottleneck_adapter".
+        *args: the arguments of the function of that name in ``pelt_fast.functional``; nothing is computed.
+        **kwargs: likewise.
+
+    Returns:
+        An ``Explanation``; ``str()`` of it is the report.
+    """
+    if op not in _EXPLAINED:
+        expected = " or ".join(map(repr, _EXPLAINED))
+        raise ValueError(f"op={op!r} is not known; expected {expected}")
+    return _EXPLAINED[op](*args, **kwargs)
