@@ -6,6 +6,8 @@ deterministic without atomics. Bound: HBM; bytes = partial + out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -58,6 +60,35 @@ def launch_ordered_sum(partial: Tensor, out: Tensor, scale: float) -> None:
         scale,
         BLOCK_ROWS=block_rows,
         BLOCK_COLUMNS=block_columns,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _ordered_sums_kernel(partials, outs, sizes, splits, stride, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    for i in tl.static_range(len(outs)):
+        if tl.program_id(1) == i:
+            live = at < sizes[i]
+            total = tl.zeros([BLOCK], tl.float32)
+            place = partials[i] + at
+            for _ in range(splits):
+                total += tl.load(place, mask=live, other=0.0)
+                place += stride
+            tl.store(outs[i] + at, total.to(outs[i].dtype.element_ty), mask=live)
+
+
+def launch_ordered_sums(partials: Sequence[Tensor], outs: Sequence[Tensor], splits: int) -> None:
+    """Several sums in one launch: partials[i] (splits, ...) fp32, all with one first stride, outs[i] contiguous."""
+    sizes = tuple([out.numel() for out in outs])
+    _ordered_sums_kernel[(cdiv(max(sizes), 1024), len(outs))](
+        tuple(partials),
+        tuple(outs),
+        sizes,
+        splits,
+        partials[0].stride(0),
+        BLOCK=1024,
         num_warps=4,
         enable_fp_fusion=True,
     )

@@ -164,11 +164,12 @@ class MendedBuilder(InterpreterBuilder):
 
 
 def _tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors among the arguments of a launch, by name; in a named tuple by the name of their field."""
+    """The tensors among the arguments of a launch by name, those in tuples as "ops.x" or "outs.0"."""
     for name, value in arguments.items():
         if isinstance(value, tuple):
-            fields = getattr(value, "_fields", None) or [f"{name}[{i}]" for i in range(len(value))]
-            yield from _tensors(dict(zip(fields, value, strict=True)))
+            fields = getattr(value, "_fields", range(len(value)))
+            names = [f"{name}.{field}" for field in fields]
+            yield from _tensors(dict(zip(names, value, strict=True)))
         elif isinstance(value, Tensor):
             yield name, value
 

@@ -1,0 +1,339 @@
+"""Bottleneck adapter, backward by columns: every gradient that is a sum over tokens.
+
+    dU = dwᵀ a;  dub = Σ dw;  dscale = Σ ds · gate · e;  dγ = Σ dy · n;  dβ = Σ dy           (n: s normalised)
+    dD = dqᵀ v;  ddb = Σ dq;  dγ' = Σ dv · n';  dβ' = Σ dv,  dv = dq D                        (n': z normalised)
+
+dy, x, skip (T, d); q, dq (T, m); `sums` (T, 2) from `grad_rows`. A program owns BLOCK_D columns of a strip of tokens and a
+tile of the bottleneck; what it needs of w, s, ds and dw it makes again. Every output has its own switch, None.
+
+Accumulators are fp32. One strip: a program writes its gradients in the parameters' dtypes. Several, or several slabs of
+rows: partials [strips, ...], into which a later slab adds, summed in order by `common.reduce` afterwards.
+
+Bound: HBM; bytes = dy + x + skip + q + dq + D + U + the gradients + 8 · strips · (2 · d · m + vectors). Narrow column
+blocks instead of many strips fill the GPU: partials then stay a small part of the bytes; q and dq are read by every
+column block, out of L2. Called slab by slab after `grad_rows`, it finds dy, x and skip in L2.
+Deterministic: always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common.cost import Cost, itemsize
+from ..common.reduce import launch_ordered_sums
+from ..common.tiling import cdiv, power_of_two, rank_alignment
+from .activation import activate
+from .forward import unsupported as unsupported
+from .grad_rows import activated_tiles, expanded_and_upstream, into_expanded, through_down
+from .operands import (
+    Operands,
+    bottleneck_tile,
+    gate_of_rows,
+    input_tile,
+    load_pair,
+    normalised_input,
+)
+
+
+@dataclass(frozen=True)
+class ColumnsConfig:
+    """Tile sizes, and the strips of tokens of one slab."""
+
+    block_t: int
+    block_d: int
+    block_m: int
+    strips: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+class ColumnGrads(NamedTuple):
+    """What the kernel fills, None where it is not wanted: gradients, or their fp32 partials [strips, ...]."""
+
+    down: Tensor | None
+    down_bias: Tensor | None
+    up: Tensor | None
+    up_bias: Tensor | None
+    scale: Tensor | None  # (d,), also for a scale of one element
+    pre_weight: Tensor | None
+    pre_bias: Tensor | None
+    ln_weight: Tensor | None
+    ln_bias: Tensor | None
+
+
+@lru_cache(maxsize=1024)
+def default_config(problem: Any) -> ColumnsConfig:
+    """Column blocks as narrow as a sector of 32 bytes allows, few strips."""
+    wide = itemsize(problem.dtype) == 4
+    block_m = power_of_two(problem.bottleneck, 16, 32 if wide else 128)
+    block_t = power_of_two(problem.tokens, 16, 32 if wide else 64)
+    return ColumnsConfig(block_t, 16, block_m, 2, 4, 2)
+
+
+def candidate_configs(problem: Any) -> Iterator[ColumnsConfig]:
+    """What an offline tuner should try."""
+    base = default_config(problem)
+    for block_t in (32, 64, 128):
+        for block_d in (16, 32, 64):
+            for strips in (1, 2, 4, 8):
+                for num_stages in (1, 2, 3):
+                    yield replace(
+                        base,
+                        block_t=block_t,
+                        block_d=block_d,
+                        strips=strips,
+                        num_stages=num_stages,
+                    )
+
+
+@triton.jit
+def _add_to(ptr, stride, strip, at, value, live, earlier):
+    """Stores a sum over this strip's rows at its place, on top of what earlier slabs left there."""
+    if ptr is not None:
+        place = ptr + strip * stride + at
+        if earlier:
+            value += tl.load(place, mask=live, other=0.0).to(tl.float32)
+        tl.store(place, value.to(ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["begin", "end", "strip_rows"])
+def _adapter_columns_kernel(
+    ops,
+    grads,
+    dy_ptr,
+    q_ptr,
+    dq_ptr,
+    pre_stats_ptr,
+    post_stats_ptr,
+    sums_ptr,
+    begin,
+    end,
+    strip_rows,
+    stride_dyt,
+    stride_partial,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SKIP_IN: tl.constexpr,
+    RESIDUAL_X: tl.constexpr,
+    RESIDUAL_SKIP: tl.constexpr,
+    BY_FOUR: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    strip, tile = tl.program_id(1), tl.program_id(2)
+    start = tl.program_id(0) * BLOCK_D
+    columns = start + tl.arange(0, BLOCK_D)
+    inner = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    features, bottleneck = ops.features, ops.bottleneck
+    live_c, live_m = columns < features, inner < bottleneck
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    POST_LN: tl.constexpr = ops.ln_weight is not None
+    NEED_DW: tl.constexpr = grads.up is not None or grads.up_bias is not None
+    NEED_NORMAL: tl.constexpr = grads.ln_weight is not None
+    NEED_DS: tl.constexpr = NEED_DW or grads.scale is not None or NEED_NORMAL
+    NEED_E: tl.constexpr = grads.scale is not None
+    NEED_DV: tl.constexpr = grads.pre_weight is not None or grads.pre_bias is not None
+    NEED_Z: tl.constexpr = grads.down is not None or grads.pre_weight is not None
+    NEED_DQ: tl.constexpr = NEED_DV or grads.down is not None or grads.down_bias is not None
+    NEED_W: tl.constexpr = NEED_DS and (POST_LN or NEED_E)
+
+    d_up = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
+    d_down = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
+    d_down_bias = tl.zeros([BLOCK_M], tl.float32)
+    d_up_bias = tl.zeros([BLOCK_D], tl.float32)
+    d_scale, d_ln_weight, d_ln_bias = d_up_bias, d_up_bias, d_up_bias
+    d_pre_weight, d_pre_bias = d_up_bias, d_up_bias
+
+    first_row = begin + strip * strip_rows
+    for t in range(first_row, min(first_row + strip_rows, end), BLOCK_T):
+        rows = (t + tl.arange(0, BLOCK_T)).to(tl.int64)
+        live_t = (rows < end) & (rows < first_row + strip_rows)
+        if NEED_DS or grads.ln_bias is not None:
+            gate = gate_of_rows(ops, rows, live_t)
+            mean = tl.zeros([BLOCK_T], tl.float32)
+            rstd, first, second = mean, mean, mean
+            if POST_LN:
+                mean, rstd = load_pair(post_stats_ptr, rows, live_t)
+                if sums_ptr is not None:
+                    first, second = load_pair(sums_ptr, rows, live_t)
+            a = activated_tiles(
+                q_ptr, ops, rows, live_t, BLOCK_M, TILES if NEED_W else 0, ALIGN, ACTIVATION
+            )
+            e, normal, dy, ds = expanded_and_upstream(
+                ops,
+                dy_ptr,
+                stride_dyt,
+                a,
+                rows,
+                live_t,
+                start,
+                columns,
+                live_c,
+                gate,
+                mean,
+                rstd,
+                first,
+                second,
+                NEED_E,
+                BLOCK_M,
+                RESIDUAL_X,
+                RESIDUAL_SKIP,
+                BY_FOUR,
+                PRECISION,
+            )
+            d_ln_weight += tl.sum(dy * normal, 0)
+            d_ln_bias += tl.sum(dy, 0)
+            if NEED_E:
+                d_scale += tl.sum(ds * gate * e, 0)
+            if NEED_DW:
+                dw = into_expanded(ops, ds, rows, start, columns, live_c, gate, BY_FOUR)
+                d_up_bias += tl.sum(dw, 0)
+                if grads.up is not None:
+                    if TILES == 1 and NEED_W:
+                        own = a[0]
+                    else:
+                        own = bottleneck_tile(q_ptr, ops, tile, rows, live_t, BLOCK_M, ALIGN)
+                        own = activate(own.to(tl.float32), ACTIVATION).to(dtype)
+                    d_up = tl.dot(tl.trans(dw.to(dtype)), own, d_up, input_precision=PRECISION)
+        if NEED_DQ:
+            own_dq = bottleneck_tile(dq_ptr, ops, tile, rows, live_t, BLOCK_M, ALIGN)
+            d_down_bias += tl.sum(own_dq.to(tl.float32), 0)
+            if NEED_Z:
+                z = input_tile(ops, rows, live_t, columns, live_c, SKIP_IN)
+                v = z
+                if ops.pre_weight is not None:
+                    pre_mean, pre_rstd = load_pair(pre_stats_ptr, rows, live_t)
+                    v = normalised_input(ops, z, pre_mean, pre_rstd, columns, live_c)
+                if grads.down is not None:
+                    d_down = tl.dot(
+                        tl.trans(v.to(dtype)), own_dq, d_down, input_precision=PRECISION
+                    )
+            if NEED_DV:
+                dq = ()
+                for i in tl.static_range(TILES):
+                    dq = dq + (bottleneck_tile(dq_ptr, ops, i, rows, live_t, BLOCK_M, ALIGN),)
+                dv = through_down(ops, dq, columns, live_c, BLOCK_M, PRECISION)
+                d_pre_bias += tl.sum(dv, 0)
+                if grads.pre_weight is not None:
+                    d_pre_weight += tl.sum(dv * (z - pre_mean[:, None]) * pre_rstd[:, None], 0)
+
+    earlier = begin > 0
+    live = live_c[:, None] & live_m[None, :]
+    of_up = columns[:, None] * bottleneck + inner[None, :]
+    of_down = columns[:, None] + inner[None, :] * features
+    # 64 bits: partials of many strips
+    strip = strip.to(tl.int64)
+    _add_to(grads.up, stride_partial, strip, of_up, d_up, live, earlier)
+    _add_to(grads.down, stride_partial, strip, of_down, d_down, live, earlier)
+    if start == 0:
+        _add_to(grads.down_bias, stride_partial, strip, inner, d_down_bias, live_m, earlier)
+    # Every tile of the bottleneck has the same vectors: the first one keeps them.
+    if tile == 0:
+        _add_to(grads.up_bias, stride_partial, strip, columns, d_up_bias, live_c, earlier)
+        _add_to(grads.scale, stride_partial, strip, columns, d_scale, live_c, earlier)
+        _add_to(grads.pre_weight, stride_partial, strip, columns, d_pre_weight, live_c, earlier)
+        _add_to(grads.pre_bias, stride_partial, strip, columns, d_pre_bias, live_c, earlier)
+        _add_to(grads.ln_weight, stride_partial, strip, columns, d_ln_weight, live_c, earlier)
+        _add_to(grads.ln_bias, stride_partial, strip, columns, d_ln_bias, live_c, earlier)
+
+
+class Partials(NamedTuple):
+    """Where the kernel adds up: the gradients themselves, or slices of one fp32 buffer [strips, total]."""
+
+    places: ColumnGrads
+    stride: int
+    buffer: Tensor | None
+
+    @classmethod
+    def make(cls, grads: ColumnGrads, strips: int, slabs: int) -> Partials:
+        """Straight into the gradients where one program makes all of a sum."""
+        wanted = [g for g in grads if g is not None]
+        if strips == slabs == 1 or not wanted:
+            return cls(grads, 0, None)
+        # each slice begins at 16 bytes, so that it can be stored by 16
+        ends = [0]
+        for grad in wanted:
+            ends.append(ends[-1] + cdiv(grad.numel(), 4) * 4)
+        buffer = wanted[0].new_empty((strips, ends[-1]), dtype=torch.float32)
+        slices = iter([buffer[:, a:b] for a, b in zip(ends, ends[1:], strict=False)])
+        return cls(ColumnGrads(*[g if g is None else next(slices) for g in grads]), ends[-1], buffer)
+
+    def finish(self, grads: ColumnGrads) -> None:
+        """Sums the partials, in order, into the gradients."""
+        if self.buffer is not None:
+            pairs = [(p, g) for p, g in zip(self.places, grads, strict=True) if g is not None]
+            partials, outs = zip(*pairs, strict=True)
+            launch_ordered_sums(partials, outs, self.buffer.shape[0])
+
+
+def launch_grad_columns(
+    ops: Operands,
+    partials: Partials,
+    dy: Tensor,
+    q: Tensor,
+    dq: Tensor | None,
+    pre_stats: Tensor | None,
+    post_stats: Tensor | None,
+    sums: Tensor | None,
+    rows: range,
+    activation: str,
+    skip_in: bool,
+    residual_x: bool,
+    residual_skip: bool,
+    config: ColumnsConfig,
+    precision: str,
+) -> None:
+    """Adds the sums over ``rows`` to the partials; the first slab, which begins at row 0, overwrites them."""
+    strip_rows = cdiv(cdiv(len(rows), config.strips), config.block_t) * config.block_t
+    grid = (
+        cdiv(ops.features, config.block_d),
+        config.strips,
+        cdiv(ops.bottleneck, config.block_m),
+    )
+    _adapter_columns_kernel[grid](
+        ops,
+        partials.places,
+        dy,
+        q,
+        dq,
+        pre_stats,
+        post_stats,
+        sums,
+        rows.start,
+        rows.stop,
+        strip_rows,
+        dy.stride(0),
+        partials.stride,
+        BLOCK_T=config.block_t,
+        BLOCK_D=config.block_d,
+        BLOCK_M=config.block_m,
+        TILES=cdiv(ops.bottleneck, config.block_m),
+        ACTIVATION=activation,
+        SKIP_IN=skip_in,
+        RESIDUAL_X=residual_x,
+        RESIDUAL_SKIP=residual_skip,
+        BY_FOUR=ops.features % 4 == 0,
+        ALIGN=rank_alignment(ops.bottleneck),
+        PRECISION=precision,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=True,  # said aloud: Triton 3.9 warns, and 3.10 changes the default
+    )
+
+
+def cost(problem: Any) -> Cost:
+    """dy, x, skip, q, dq, D and U in; dU and dD out."""
+    t, d, m = problem.tokens, problem.features, problem.bottleneck
+    rows = t * d * (3 if problem.skip else 2)
+    return Cost(6 * t * d * m, itemsize(problem.dtype) * (rows + 4 * d * m + 2 * t * m))

@@ -1,0 +1,254 @@
+"""What the kernels of the bottleneck adapter share: their operands, and the tiles that all of them make.
+
+    z = x + skip (SKIP_IN) or x          v = LN(z) or z          q = v Dᵀ + db, a = act(q)
+    w = a Uᵀ + ub                        e = keep · scaling / (1 - p) · w
+    u = gate · scale · e                 s = u + x (RESIDUAL_X) + skip (RESIDUAL_SKIP)
+
+x, skip (T, d), rows with any stride; D (m, d), U (d, m) through their strides; vectors contiguous; scale (d,), or
+(1,) with stride 0. Every tile is fp32, (BLOCK_T, BLOCK_D) from column ``start``, and 0 outside the rows and columns
+that live. The bottleneck stands side by side in a tuple of (BLOCK_T, BLOCK_M) tiles: one, unless m is large.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common.dropout import keep_mask
+from ..common.tiling import known_multiple
+
+
+class Operands(NamedTuple):
+    """The arguments that forward and backward have in common; an absent tensor is None and costs nothing."""
+
+    x: Tensor
+    skip: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+    up: Tensor
+    up_bias: Tensor | None
+    scale: Tensor | None
+    gate: Tensor | None
+    pre_weight: Tensor | None
+    pre_bias: Tensor | None
+    ln_weight: Tensor | None
+    ln_bias: Tensor | None
+    seed: Tensor | None
+    features: int
+    bottleneck: int
+    stride_xt: int
+    stride_st: int
+    stride_dm: int
+    stride_dd: int
+    stride_ud: int
+    stride_um: int
+    stride_scale: int
+    stride_gate: int
+    amount: float  # scaling / (1 - p)
+    threshold: int  # of dropout, the bits of a uint32
+
+    @classmethod
+    def make(
+        cls,
+        x: Tensor,
+        skip: Tensor | None,
+        down: Tensor,
+        down_bias: Tensor | None,
+        up: Tensor,
+        up_bias: Tensor | None,
+        scale: Tensor | None,
+        gate: Tensor | None,
+        pre_weight: Tensor | None,
+        pre_bias: Tensor | None,
+        ln_weight: Tensor | None,
+        ln_bias: Tensor | None,
+        seed: Tensor | None,
+        amount: float,
+        dropout_p: float,
+    ) -> Operands:
+        """The operands of one call; ``amount`` is scaling / (1 - p)."""
+        bits = min(round(dropout_p * 2**32), 2**32 - 1)
+        return cls(
+            *(x, skip, down, down_bias, up, up_bias, scale, gate),
+            *(pre_weight, pre_bias, ln_weight, ln_bias, seed),
+            features=x.shape[1],
+            bottleneck=down.shape[0],
+            stride_xt=x.stride(0),
+            stride_st=0 if skip is None else skip.stride(0),
+            stride_dm=down.stride(0),
+            stride_dd=down.stride(1),
+            stride_ud=up.stride(0),
+            stride_um=up.stride(1),
+            stride_scale=0 if scale is None or scale.numel() == 1 else scale.stride(0),
+            stride_gate=0 if gate is None else gate.stride(0),
+            amount=amount,
+            threshold=bits - 2**32 if bits >= 2**31 else bits,
+        )
+
+
+@triton.jit
+def row_tile(ptr, stride, rows, live_t, columns, live_c):
+    """(BLOCK_T, BLOCK_D) of rows with this stride, in fp32."""
+    return tl.load(
+        ptr + rows[:, None] * stride + columns[None, :],
+        mask=live_t[:, None] & live_c[None, :],
+        other=0.0,
+    ).to(tl.float32)
+
+
+@triton.jit
+def vector(ptr, columns, live_c):
+    """(1, BLOCK_D) in fp32."""
+    return tl.load(ptr + columns, mask=live_c, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def matrix_tile(ptr, rows, stride_r, live_r, columns, stride_c, live_c, dtype: tl.constexpr):
+    """A tile of D, U or a transpose of them; parameters wider than x are cast as they are loaded."""
+    return tl.load(
+        ptr + rows[:, None] * stride_r + columns[None, :] * stride_c,
+        mask=live_r[:, None] & live_c[None, :],
+        other=0.0,
+    ).to(dtype)
+
+
+@triton.jit
+def input_tile(ops, rows, live_t, columns, live_c, SKIP_IN: tl.constexpr):
+    """Z, what the adapter (or its layernorm) sees."""
+    z = row_tile(ops.x, ops.stride_xt, rows, live_t, columns, live_c)
+    if SKIP_IN:
+        z += row_tile(ops.skip, ops.stride_st, rows, live_t, columns, live_c)
+    return z
+
+
+@triton.jit
+def normalised_input(ops, z, mean, rstd, columns, live_c):
+    """LN(z) before the adapter."""
+    v = (z - mean[:, None]) * rstd[:, None] * vector(ops.pre_weight, columns, live_c)
+    if ops.pre_bias is not None:
+        v += vector(ops.pre_bias, columns, live_c)
+    return v
+
+
+@triton.jit
+def load_pair(ptr, rows, live_t):
+    """Two numbers a row, of (T, 2) fp32."""
+    first = tl.load(ptr + rows * 2, mask=live_t, other=0.0)
+    return first, tl.load(ptr + rows * 2 + 1, mask=live_t, other=0.0)
+
+
+@triton.jit
+def store_pair(ptr, rows, live_t, first, second):
+    """Two numbers a row, into (T, 2) fp32."""
+    tl.store(ptr + rows * 2, first, mask=live_t)
+    tl.store(ptr + rows * 2 + 1, second, mask=live_t)
+
+
+@triton.jit
+def bottleneck_tile(ptr, ops, tile, rows, live_t, BLOCK_M: tl.constexpr, ALIGN: tl.constexpr):
+    """Tile number ``tile`` of q or dq (T, m), contiguous, in its own dtype."""
+    bottleneck = known_multiple(ops.bottleneck, ALIGN)
+    inner = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    return tl.load(
+        ptr + rows[:, None] * bottleneck + inner[None, :],
+        mask=live_t[:, None] & (inner < bottleneck)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def gate_of_rows(ops, rows, live_t):
+    """(BLOCK_T, 1), or 1."""
+    if ops.gate is not None:
+        return tl.load(ops.gate + rows * ops.stride_gate, mask=live_t, other=0.0).to(tl.float32)[
+            :, None
+        ]
+    else:
+        return 1.0
+
+
+@triton.jit
+def scale_of_columns(ops, columns, live_c):
+    """(1, BLOCK_D), or 1."""
+    if ops.scale is not None:
+        return tl.load(ops.scale + columns * ops.stride_scale, mask=live_c, other=0.0).to(
+            tl.float32
+        )[None, :]
+    else:
+        return 1.0
+
+
+@triton.jit
+def dropped(ops, tile, rows, start, BY_FOUR: tl.constexpr):
+    """The tile, 0 where dropout drops; the mask is made here, and again wherever it is needed again."""
+    if ops.seed is not None:
+        keep = keep_mask(
+            tl.load(ops.seed),
+            rows,
+            start,
+            ops.features,
+            0,
+            ops.threshold,
+            tile.shape[0],
+            tile.shape[1],
+            BY_FOUR,
+        )
+        return tl.where(keep, tile, 0.0)
+    else:
+        return tile
+
+
+@triton.jit
+def expanded_tile(
+    ops,
+    a,
+    rows,
+    start,
+    columns,
+    live_c,
+    BLOCK_M: tl.constexpr,
+    BY_FOUR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """E = keep · scaling / (1 - p) · (a Uᵀ + ub)."""
+    w = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
+    for i in tl.static_range(len(a)):
+        inner = i * BLOCK_M + tl.arange(0, BLOCK_M)
+        u = matrix_tile(
+            ops.up,
+            inner,
+            ops.stride_um,
+            inner < ops.bottleneck,
+            columns,
+            ops.stride_ud,
+            live_c,
+            a[i].dtype,
+        )
+        w = tl.dot(a[i], u, w, input_precision=PRECISION)
+    if ops.up_bias is not None:
+        w += vector(ops.up_bias, columns, live_c)
+    return dropped(ops, w * ops.amount, rows, start, BY_FOUR)
+
+
+@triton.jit
+def sum_tile(
+    ops,
+    e,
+    rows,
+    live_t,
+    columns,
+    live_c,
+    gate,
+    RESIDUAL_X: tl.constexpr,
+    RESIDUAL_SKIP: tl.constexpr,
+):
+    """S = gate · scale · e and the residuals."""
+    s = e * gate * scale_of_columns(ops, columns, live_c)
+    if RESIDUAL_X:
+        s += row_tile(ops.x, ops.stride_xt, rows, live_t, columns, live_c)
+    if RESIDUAL_SKIP:
+        s += row_tile(ops.skip, ops.stride_st, rows, live_t, columns, live_c)
+    return s
