@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from pelt_fast import functional
 from pelt_fast.nn.bottleneck_block import (
     BottleneckSpec,
     adapter_gate,
@@ -95,26 +94,44 @@ def value_and_gradients(f, inputs, modules):
     return y, *torch.autograd.grad((y * weight).sum(), [*inputs, *parameters], allow_unused=True)
 
 
+def same(actual, expected, inputs, modules):
+    """Two functions of the inputs: values and all gradients."""
+    found = value_and_gradients(actual, inputs, modules)
+    wanted = value_and_gradients(expected, inputs, modules)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
 def compare(config, layer_norm, inputs):
+    """Whether the library can run this at all; if so, ours is the same. One input: the block's output is its input."""
     adapter = adapter_of(config)
     spec = spec_of(adapter, config)
-    modules = [adapter, layer_norm]
+
+    def theirs(*h):
+        return library_block(adapter, h[0], h[-1], layer_norm)
+
+    def ours(*h):
+        return bottleneck_block(spec, h[0], h[-1], layer_norm, False)
+
     try:
-        expected = value_and_gradients(
-            lambda o, x: library_block(adapter, o, x, layer_norm), inputs, modules
-        )
+        theirs(*inputs)
     except (TypeError, UnboundLocalError):
         with pytest.raises(ValueError, match="expected"):
-            bottleneck_block(spec, *inputs, layer_norm, False)
+            ours(*inputs)
         return False
-    actual = value_and_gradients(
-        lambda o, x: bottleneck_block(spec, o, x, layer_norm, False), inputs, modules
-    )
-    for value, wanted in zip(actual, expected, strict=True):
-        torch.testing.assert_close(
-            value, wanted, rtol=1e-9, atol=1e-9, msg=lambda m: f"{config}\n{m}"
-        )
+    same(ours, theirs, inputs, [adapter, layer_norm])
     return True
+
+
+def compare_core(config, inputs):
+    adapter = adapter_of(config)
+    spec = spec_of(adapter, config)
+    same(
+        lambda x, r: bottleneck_core(spec, x, r, False),
+        lambda x, r: adapter(x, r)[0],
+        inputs,
+        [adapter],
+    )
 
 
 @pytest.fixture
@@ -167,17 +184,7 @@ def test_output_of_the_sublayer_may_be_its_input(norm):
             original_ln_before=before,
             residual_before_ln=residual,
         )
-        adapter, layer_norm = adapter_of(config), norm_of(norm)
-        spec = spec_of(adapter, config)
-        modules = [adapter, layer_norm]
-        expected = value_and_gradients(
-            lambda h: library_block(adapter, h, h, layer_norm), [h], modules
-        )
-        actual = value_and_gradients(
-            lambda h: bottleneck_block(spec, h, h, layer_norm, False), [h], modules
-        )
-        for value, wanted in zip(actual, expected, strict=True):
-            torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-9)
+        assert compare(config, norm_of(norm), [h])
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -190,14 +197,7 @@ def test_core_is_the_librarys_forward(parallel, inputs):
             scaling="channel",
             **dict(zip(names, values, strict=True)),
         )
-        adapter = adapter_of(config)
-        spec = spec_of(adapter, config)
-        expected = value_and_gradients(lambda x, r: adapter(x, r)[0], inputs, [adapter])
-        actual = value_and_gradients(
-            lambda x, r: bottleneck_core(spec, x, r, False), inputs, [adapter]
-        )
-        for value, wanted in zip(actual, expected, strict=True):
-            torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-9)
+        compare_core(config, inputs)
 
 
 def test_gate_is_the_librarys_score(inputs):
@@ -232,7 +232,7 @@ def test_the_usual_blocks_are_one_call(name, norm, inputs):
     y = bottleneck_block(spec_of(adapter, config), o, x, layer_norm, False)
     assert y.grad_fn.name() == "BottleneckAdapterFunctionBackward"
     behind = {node.name() for node, _ in y.grad_fn.next_functions if node is not None}
-    assert behind == {"torch::autograd::AccumulateGrad"}
+    assert behind <= {"torch::autograd::AccumulateGrad", "ViewBackward0"}
 
 
 @pytest.mark.parametrize("change", ["subclass", "hook", "pre-hook", "forward"])
@@ -356,7 +356,7 @@ def test_interface_models_without_an_input_need_none(inputs):
 @pytest.mark.parametrize("value", ["post_norm", None, 1])
 def test_other_residuals_are_named(value, inputs):
     spec = spec_of(adapter_of(SeqBnConfig()), SeqBnConfig())._replace(residual_before_ln=value)
-    with pytest.raises(ValueError, match="residual_before_ln is .*; expected True, False or"):
+    with pytest.raises(ValueError, match=r"residual_before_ln is .*; expected True, False"):
         bottleneck_block(spec, *inputs, norm_of("layernorm"), False)
 
 
@@ -368,7 +368,7 @@ def test_activations_by_name():
 
     for name in ("gelu_10", "laplace"):
         assert torch.equal(resolve_activation(name)(x), ACT2FN[name](x))
-    with pytest.raises(ValueError, match="'sine' is not known; expected .*'relu'"):
+    with pytest.raises(ValueError, match=r"'sine' is not known; expected .*'relu'"):
         resolve_activation("sine")
     with pytest.raises(TypeError, match="activation is a NoneType; expected a name"):
         resolve_activation(None)
