@@ -170,8 +170,7 @@ class BottleneckAdapter(nn.Module):
         return cls(
             input_size,
             max(1, int(input_size // factor)),
-            activation=fields["non_linearity"],
-            **{name: fields[name] for name in _CONFIGURED if name in fields},
+            **arguments_of(fields),
             device=device,
             dtype=dtype,
         )
@@ -283,6 +282,13 @@ class _Activation(nn.Module):
 
     def extra_repr(self) -> str:
         return "" if isinstance(self.f, nn.Module) else str(self.f)
+
+
+def arguments_of(config: Mapping[str, Any] | str) -> dict[str, Any]:
+    """``BottleneckAdapter``'s arguments but for its sizes, out of a config as ``from_config`` takes it."""
+    fields = _fields(config)
+    arguments = {name: fields[name] for name in _CONFIGURED if name in fields}
+    return {"activation": fields["non_linearity"], **arguments}
 
 
 def _fields(config: Mapping[str, Any] | str) -> dict[str, Any]:
