@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import operator
 import sys
+from types import ModuleType
 
 from torch import nn
 
@@ -10,50 +14,57 @@ from .report import Report
 
 __all__ = ["Report", "accelerate", "restore"]
 
+# modules of this package, and where the layers that they serve are defined: a model can have such a
+# layer only if somebody has imported that
+_LIBRARIES = {"peft": "peft.tuners.tuners_utils", "adapters": "adapters.methods.bottleneck"}
+
 
 def accelerate(model: nn.Module) -> Report:
-    """Makes the LoRA layers of a PEFT model fast, in place.
+    """Makes the adapters of a PEFT or `adapters` model fast, in place.
 
-    Every ``peft.tuners.lora.Linear`` over a plain ``nn.Linear`` or ``Conv1D`` computes with
-    ``pelt_fast.functional.lora_linear`` from then on. The layers stay the same objects, with the
-    same parameters, ``state_dict`` keys and saved files. Scalings, active adapters, merging,
-    disabling, dropout and training mode are read at each call, so PEFT's own methods go on working.
-    Where a call is not served (merged, disabled, ``adapter_names``, DoRA and other variants, hooks
-    on the inner layers, mixed dtypes), PEFT's own forward runs.
+    In a PEFT model every ``peft.tuners.lora.Linear`` over a plain ``nn.Linear`` or ``Conv1D`` computes
+    with ``pelt_fast.functional.lora_linear`` from then on. In a model of the `adapters` library every
+    bottleneck layer computes with ``pelt_fast.functional.bottleneck_adapter``: one adapter together
+    with the residuals and the layernorm around it, several of a composition (``Stack``, ``Split``,
+    ``Parallel``, ``BatchSplit``, ``Average``) one by one. A model with layers of both has both.
 
-    Dropout draws from another random stream than PEFT's: equal in distribution, not mask by mask.
-    A double backward through an accelerated layer raises an error.
+    The layers stay the same objects, with the same parameters, ``state_dict`` keys and saved files.
+    Scalings, active adapters, setups, merging, disabling, dropout and training mode are read at each
+    call, so the libraries' own methods go on working. Where a call is not served, the library's own
+    forward runs: in PEFT for merged or disabled adapters, ``adapter_names``, DoRA and other variants;
+    in `adapters` for ``Fuse``, Compacter, activations that kernels do not have, and when gating scores
+    are wanted; in both for hooks on inner layers and mixed dtypes.
+
+    The float32 adapters that the `adapters` library adds to a bfloat16 or float16 model need no cast.
+    Dropout draws from another random stream than the libraries': equal in distribution, not mask by
+    mask. A double backward through an accelerated layer raises an error.
 
     Calling it again is harmless, and needed only for layers that PEFT created since: an adapter
-    that is added to a layer already accelerated is served at once. What ``save_pretrained`` writes
-    does not change; a whole model that is pickled while accelerated needs pelt_fast to load.
+    that is added to a layer already accelerated is served at once. What ``save_pretrained`` and
+    ``save_adapter`` write does not change; a module that is pickled while accelerated needs pelt_fast
+    to load.
 
     Args:
-        model: a ``PeftModel``, or any module with injected PEFT LoRA layers.
+        model: a ``PeftModel``, a model after ``adapters.init``, an ``AdapterModel``, or any module
+            with layers of these libraries in it.
 
     Returns:
         What was replaced, and what was not, and why; ``print`` it.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``, or is a model of the ``adapters`` library.
-        ValueError: there is no PEFT layer in ``model``.
+        TypeError: ``model`` is no ``nn.Module``.
+        ValueError: there is no layer of either library in ``model``.
     """
     _check_module(model)
-    # a model can hold PEFT's layers only if somebody has imported PEFT
-    if "peft" in sys.modules:
-        from . import peft
-
-        if peft.has_layers(model):
-            return peft.accelerate(model)
-    if "adapters" in sys.modules and _has_module_of(model, "adapters"):
-        raise TypeError(
-            f"model is a {type(model).__name__} of the adapters library, which is not served; "
-            "expected a PEFT model with LoRA layers"
+    found = [library for library in _imported() if library.has_layers(model)]
+    if not found:
+        raise ValueError(
+            f"model ({type(model).__name__}) has no PEFT layer and none of the adapters library, so there "
+            "is nothing to accelerate; expected a model after peft.get_peft_model, "
+            "PeftModel.from_pretrained, add_adapter or adapters.init"
         )
-    raise ValueError(
-        f"model ({type(model).__name__}) has no PEFT layer, so there is nothing to accelerate; "
-        "expected a model after peft.get_peft_model, PeftModel.from_pretrained or add_adapter"
-    )
+    reports: list[Report] = [library.accelerate(model) for library in found]
+    return functools.reduce(operator.or_, reports)
 
 
 def restore(model: nn.Module) -> int:
@@ -71,19 +82,21 @@ def restore(model: nn.Module) -> int:
             FSDP2 does. Nothing is changed then.
     """
     _check_module(model)
-    if "peft" not in sys.modules:
-        return 0
-    from . import peft
+    layers = [(library, library.accelerated_layers(model)) for library in _imported()]
+    for library, accelerated in layers:
+        library.restore(accelerated)
+    return sum(len(accelerated) for _, accelerated in layers)
 
-    return peft.restore(model)
+
+def _imported() -> list[ModuleType]:
+    """The integrations whose libraries are in use in this process."""
+    return [
+        importlib.import_module(f".{name}", __name__)
+        for name, definition in _LIBRARIES.items()
+        if definition in sys.modules
+    ]
 
 
 def _check_module(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
-
-
-def _has_module_of(model: nn.Module, package: str) -> bool:
-    """Whether any module of the model is of a class that the package defines."""
-    classes = {base for module in model.modules() for base in type(module).__mro__}
-    return any(base.__module__.partition(".")[0] == package for base in classes)

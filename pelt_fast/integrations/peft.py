@@ -17,7 +17,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..functional import explain, lora_linear
-from .peft_operands import Operands, dtype_name, kind_obstacle, operands
+from .obstacles import dtype_name
+from .peft_operands import Operands, kind_obstacle, operands
 from .report import Report
 
 _REPORT_TOKENS = 2048  # for how many tokens a report names the backends
@@ -69,9 +70,13 @@ def accelerate(model: nn.Module) -> Report:
     return report
 
 
-def restore(model: nn.Module) -> int:
-    """Gives every accelerated layer PEFT's class back; see ``pelt_fast.restore``."""
-    layers = []
+def accelerated_layers(model: nn.Module) -> list[nn.Module]:
+    """What ``restore`` will restore.
+
+    Raises:
+        RuntimeError: another library has put its own class over one of them.
+    """
+    layers: list[nn.Module] = []
     for name, module in model.named_modules():
         if isinstance(module, AcceleratedLinear):
             if type(module) is not AcceleratedLinear:
@@ -80,10 +85,14 @@ def restore(model: nn.Module) -> int:
                     f"{type(module).__name__}; undo that first"
                 )
             layers.append(module)
+    return layers
+
+
+def restore(layers: list[nn.Module]) -> None:
+    """Gives accelerated layers PEFT's class back; see ``pelt_fast.restore``."""
     for module in layers:
         module.__class__ = lora.Linear
         _rebind_forward(module, AcceleratedLinear.forward, lora.Linear.forward)
-    return len(layers)
 
 
 def _why_left(module: nn.Module, inside_attention: bool) -> str | None:

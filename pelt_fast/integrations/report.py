@@ -20,7 +20,8 @@ class Report:
             library's own forward still runs there, and the layer is fast as soon as the reason is
             gone (after ``unmerge_adapter``, say). Other reasons can arise later: ``accelerate``,
             called again, tells the state of that moment.
-        kinds: how many of the other layers there are of each shape, dtype and choice of backends.
+        kinds: how many of the other layers there are of each shape, dtype and choice of backends; of
+            a layer in which several adapters act at once, each adapter counts.
     """
 
     library: str
@@ -29,6 +30,17 @@ class Report:
     left: dict[str, str] = field(default_factory=dict)
     waiting: dict[str, str] = field(default_factory=dict)
     kinds: dict[str, int] = field(default_factory=dict)
+
+    def __or__(self, other: Report) -> Report:
+        """Of one model with the layers of two libraries."""
+        return Report(
+            f"{self.library} and {other.library}",
+            self.replaced + other.replaced,
+            self.already + other.already,
+            self.left | other.left,
+            self.waiting | other.waiting,
+            self.kinds | other.kinds,
+        )
 
     def __str__(self) -> str:
         total = len(self.replaced) + len(self.already) + len(self.left)
