@@ -28,15 +28,19 @@ from torch import Tensor
 from ..common.cost import Cost, itemsize
 from ..common.hardware import sm_count
 from ..common.layernorm import include_chunk
-from ..common.tiling import cdiv, power_of_two, rank_alignment
-from .activation import activate
+from ..common.tiling import cdiv, power_of_two
 from .operands import (
+    Form,
     Operands,
+    activated_tile,
+    bottleneck_columns,
+    chunk_columns,
     expanded_tile,
     gate_of_rows,
     input_tile,
     matrix_tile,
     normalised_input,
+    store_bottleneck_tile,
     store_pair,
     sum_tile,
     vector,
@@ -98,107 +102,100 @@ def candidate_configs(problem: Any) -> Iterator[ForwardConfig]:
 
 
 @triton.jit
-def _statistics_of_input(
-    ops, rows, live_t, eps, BLOCK_D: tl.constexpr, SKIP_IN: tl.constexpr, NEEDED: tl.constexpr
-):
-    """Mean and reciprocal deviation of z; (None, None) where there is no layernorm before the adapter."""
-    if NEEDED:
-        mean = tl.zeros([rows.shape[0]], tl.float32)
-        squares = mean
-        for chunk in range(tl.cdiv(ops.features, BLOCK_D)):
-            start = chunk * BLOCK_D
-            columns = start + tl.arange(0, BLOCK_D)
-            live_c = columns < ops.features
-            z = input_tile(ops, rows, live_t, columns, live_c, SKIP_IN)
-            width = min(ops.features - start, BLOCK_D)
-            mean, squares = include_chunk(z, live_c, start, width, mean, squares)
-        return mean, tl.rsqrt(squares / ops.features + eps)
-    else:
-        return None, None
+def _input_statistics(ops, rows, live_t, eps, FORM: tl.constexpr):
+    """Mean and reciprocal deviation of z."""
+    mean = tl.zeros([FORM.block_t], tl.float32)
+    squares = mean
+    for chunk in range(tl.cdiv(ops.features, FORM.block_d)):
+        start, columns, live_c = chunk_columns(ops, chunk, FORM)
+        z = input_tile(ops, rows, live_t, columns, live_c, FORM)
+        width = min(ops.features - start, FORM.block_d)
+        mean, squares = include_chunk(z, live_c, start, width, mean, squares)
+    return mean, tl.rsqrt(squares / ops.features + eps)
 
 
 @triton.jit
-def _down_projection(
-    ops,
-    rows,
-    live_t,
-    mean,
-    rstd,
-    dtype: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    TILES: tl.constexpr,
-    SKIP_IN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """V Dᵀ, a tuple of fp32 tiles."""
-    q = ()
-    for _ in tl.static_range(TILES):
-        q = q + (tl.zeros([rows.shape[0], BLOCK_M], tl.float32),)
-    for chunk in range(tl.cdiv(ops.features, BLOCK_D)):
-        columns = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
-        live_c = columns < ops.features
-        v = input_tile(ops, rows, live_t, columns, live_c, SKIP_IN)
-        if ops.pre_weight is not None:
-            v = normalised_input(ops, v, mean, rstd, columns, live_c)
-        q = _add_products(ops, q, v.to(dtype), columns, live_c, BLOCK_M, PRECISION)
-    return q
-
-
-@triton.jit
-def _add_products(ops, q, v, columns, live_c, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr):
+def _add_down(ops, q, v, columns, live_c, FORM: tl.constexpr):
     """Q + v Dᵀ of one chunk of columns."""
     out = ()
-    for i in tl.static_range(len(q)):
-        inner = i * BLOCK_M + tl.arange(0, BLOCK_M)
+    TILES: tl.constexpr = FORM.tiles
+    for i in tl.static_range(TILES):
+        inner, live_m = bottleneck_columns(ops, i, FORM)
         d = matrix_tile(
-            ops.down,
-            columns,
-            ops.stride_dd,
-            live_c,
-            inner,
-            ops.stride_dm,
-            inner < ops.bottleneck,
-            v.dtype,
+            *(ops.down, columns, ops.stride_dd, live_c, inner, ops.stride_dm, live_m), dtype=v.dtype
         )
-        out = out + (tl.dot(v, d, q[i], input_precision=PRECISION),)
+        out = out + (tl.dot(v, d, q[i], input_precision=FORM.precision),)
     return out
 
 
 @triton.jit
-def _activated(
-    ops,
-    q,
-    q_ptr,
-    rows,
-    live_t,
-    BLOCK_M: tl.constexpr,
-    ALIGN: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-):
+def _down_projection(ops, rows, live_t, mean, rstd, dtype: tl.constexpr, FORM: tl.constexpr):
+    """V Dᵀ, fp32, a tuple of tiles."""
+    q = ()
+    TILES: tl.constexpr = FORM.tiles
+    for _ in tl.static_range(TILES):
+        q = q + (tl.zeros([FORM.block_t, FORM.block_m], tl.float32),)
+    for chunk in range(tl.cdiv(ops.features, FORM.block_d)):
+        _start, columns, live_c = chunk_columns(ops, chunk, FORM)
+        z = input_tile(ops, rows, live_t, columns, live_c, FORM)
+        v = normalised_input(ops, z, mean, rstd, columns, live_c)
+        q = _add_down(ops, q, v.to(dtype), columns, live_c, FORM)
+    return q
+
+
+@triton.jit
+def _activated(ops, q, q_ptr, rows, live_t, FORM: tl.constexpr):
     """Adds db, stores q, and gives act(q), both rounded to x's dtype."""
     a = ()
-    for i in tl.static_range(len(q)):
-        inner = i * BLOCK_M + tl.arange(0, BLOCK_M)
-        live_m = inner < ops.bottleneck
+    TILES: tl.constexpr = FORM.tiles
+    for i in tl.static_range(TILES):
         tile = q[i]
         if ops.down_bias is not None:
+            inner, live_m = bottleneck_columns(ops, i, FORM)
             tile += vector(ops.down_bias, inner, live_m)
         tile = tile.to(q_ptr.dtype.element_ty)
-        tl.store(
-            q_ptr + rows[:, None] * (ops.bottleneck // ALIGN * ALIGN) + inner[None, :],
-            tile,
-            mask=live_t[:, None] & live_m[None, :],
-        )
-        a = a + (activate(tile.to(tl.float32), ACTIVATION).to(tile.dtype),)
+        store_bottleneck_tile(q_ptr, ops, i, tile, rows, live_t, FORM)
+        a = a + (activated_tile(tile, FORM),)
     return a
 
 
 @triton.jit
-def _store_output(
-    ops, y_ptr, s, mean, rstd, rows, live_t, columns, live_c, NORMALISED: tl.constexpr
-):
-    if NORMALISED:
+def _sum_of_chunk(ops, a, rows, live_t, chunk, gate, FORM: tl.constexpr):
+    """S of one chunk."""
+    start, columns, live_c = chunk_columns(ops, chunk, FORM)
+    e = expanded_tile(ops, a, rows, start, columns, live_c, FORM)
+    return sum_tile(ops, e, rows, live_t, columns, live_c, gate, FORM)
+
+
+@triton.jit
+def _include(ops, s, chunk, mean, squares, FORM: tl.constexpr):
+    start, _columns, live_c = chunk_columns(ops, chunk, FORM)
+    width = min(ops.features - start, FORM.block_d)
+    return include_chunk(s, live_c, start, width, mean, squares)
+
+
+@triton.jit
+def _statistics(ops, a, rows, live_t, gate, eps, HELD: tl.constexpr, FORM: tl.constexpr):
+    """Mean and reciprocal deviation of s, and its first HELD chunks."""
+    mean = tl.zeros([FORM.block_t], tl.float32)
+    squares = mean
+    kept = ()
+    if HELD > 0:
+        for held in tl.static_range(HELD):
+            s = _sum_of_chunk(ops, a, rows, live_t, held, gate, FORM)
+            mean, squares = _include(ops, s, held, mean, squares, FORM)
+            kept = kept + (s,)
+    else:
+        for chunk in range(tl.cdiv(ops.features, FORM.block_d)):
+            s = _sum_of_chunk(ops, a, rows, live_t, chunk, gate, FORM)
+            mean, squares = _include(ops, s, chunk, mean, squares, FORM)
+    return mean, tl.rsqrt(squares / ops.features + eps), kept
+
+
+@triton.jit
+def _store_output(ops, y_ptr, s, mean, rstd, rows, live_t, chunk, FORM: tl.constexpr):
+    _start, columns, live_c = chunk_columns(ops, chunk, FORM)
+    if ops.ln_weight is not None:
         s = (s - mean[:, None]) * rstd[:, None] * vector(ops.ln_weight, columns, live_c)
         if ops.ln_bias is not None:
             s += vector(ops.ln_bias, columns, live_c)
@@ -219,86 +216,29 @@ def _adapter_forward_kernel(
     tokens,
     pre_eps,
     eps,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    TILES: tl.constexpr,
     HELD: tl.constexpr,  # chunks of s that stay in registers; 0: w is made twice
-    ACTIVATION: tl.constexpr,
-    SKIP_IN: tl.constexpr,
-    RESIDUAL_X: tl.constexpr,
-    RESIDUAL_SKIP: tl.constexpr,
-    BY_FOUR: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FORM: tl.constexpr,
 ):
-    rows = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    rows = (tl.program_id(0) * FORM.block_t + tl.arange(0, FORM.block_t)).to(tl.int64)
     live_t = rows < tokens
-    features = ops.features
     gate = gate_of_rows(ops, rows, live_t)
-    pre_mean, pre_rstd = _statistics_of_input(
-        ops, rows, live_t, pre_eps, BLOCK_D, SKIP_IN, ops.pre_weight is not None
-    )
+    mean = tl.zeros([FORM.block_t], tl.float32)
+    rstd = mean
     if ops.pre_weight is not None:
-        store_pair(pre_stats_ptr, rows, live_t, pre_mean, pre_rstd)
-    q = _down_projection(
-        ops,
-        rows,
-        live_t,
-        pre_mean,
-        pre_rstd,
-        q_ptr.dtype.element_ty,
-        BLOCK_D,
-        BLOCK_M,
-        TILES,
-        SKIP_IN,
-        PRECISION,
-    )
-    a = _activated(ops, q, q_ptr, rows, live_t, BLOCK_M, ALIGN, ACTIVATION)
-
-    mean = tl.zeros([BLOCK_T], tl.float32)
-    squares = mean
-    if ops.ln_weight is not None and HELD > 0:
-        kept = ()
-        for chunk in tl.static_range(HELD):
-            start = chunk * BLOCK_D
-            columns = start + tl.arange(0, BLOCK_D)
-            live_c = columns < features
-            e = expanded_tile(ops, a, rows, start, columns, live_c, BLOCK_M, BY_FOUR, PRECISION)
-            s = sum_tile(ops, e, rows, live_t, columns, live_c, gate, RESIDUAL_X, RESIDUAL_SKIP)
-            width = min(features - start, BLOCK_D)
-            mean, squares = include_chunk(s, live_c, start, width, mean, squares)
-            kept = kept + (s,)
-        rstd = tl.rsqrt(squares / features + eps)
+        mean, rstd = _input_statistics(ops, rows, live_t, pre_eps, FORM)
+        store_pair(pre_stats_ptr, rows, live_t, mean, rstd)
+    q = _down_projection(ops, rows, live_t, mean, rstd, q_ptr.dtype.element_ty, FORM)
+    a = _activated(ops, q, q_ptr, rows, live_t, FORM)
+    if ops.ln_weight is not None:
+        mean, rstd, kept = _statistics(ops, a, rows, live_t, gate, eps, HELD, FORM)
         store_pair(post_stats_ptr, rows, live_t, mean, rstd)
-        for chunk in tl.static_range(HELD):
-            columns = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
-            live_c = columns < features
-            _store_output(ops, y_ptr, kept[chunk], mean, rstd, rows, live_t, columns, live_c, True)
+    if ops.ln_weight is not None and HELD > 0:
+        for held in tl.static_range(HELD):
+            _store_output(ops, y_ptr, kept[held], mean, rstd, rows, live_t, held, FORM)
     else:
-        if ops.ln_weight is not None:
-            for chunk in range(tl.cdiv(features, BLOCK_D)):
-                start = chunk * BLOCK_D
-                columns = start + tl.arange(0, BLOCK_D)
-                live_c = columns < features
-                e = expanded_tile(ops, a, rows, start, columns, live_c, BLOCK_M, BY_FOUR, PRECISION)
-                s = sum_tile(ops, e, rows, live_t, columns, live_c, gate, RESIDUAL_X, RESIDUAL_SKIP)
-                width = min(features - start, BLOCK_D)
-                mean, squares = include_chunk(s, live_c, start, width, mean, squares)
-            rstd = tl.rsqrt(squares / features + eps)
-            store_pair(post_stats_ptr, rows, live_t, mean, rstd)
-        else:
-            rstd = mean
-        for chunk in range(tl.cdiv(features, BLOCK_D)):
-            start = chunk * BLOCK_D
-            columns = start + tl.arange(0, BLOCK_D)
-            live_c = columns < features
-            e = expanded_tile(ops, a, rows, start, columns, live_c, BLOCK_M, BY_FOUR, PRECISION)
-            s = sum_tile(ops, e, rows, live_t, columns, live_c, gate, RESIDUAL_X, RESIDUAL_SKIP)
-            _store_output(
-                *(ops, y_ptr, s, mean, rstd, rows, live_t, columns, live_c),
-                NORMALISED=ops.ln_weight is not None,
-            )
+        for chunk in range(tl.cdiv(ops.features, FORM.block_d)):
+            s = _sum_of_chunk(ops, a, rows, live_t, chunk, gate, FORM)
+            _store_output(ops, y_ptr, s, mean, rstd, rows, live_t, chunk, FORM)
 
 
 def launch_forward(
@@ -309,36 +249,21 @@ def launch_forward(
     post_stats: Tensor | None,
     pre_eps: float,
     eps: float,
-    activation: str,
-    skip_in: bool,
-    residual_x: bool,
-    residual_skip: bool,
+    form: Form,
     config: ForwardConfig,
-    precision: str,
 ) -> None:
     """Fills y (T, d), q (T, m) and the statistics (T, 2), all contiguous, of which absent ones are None."""
-    tokens, features = y.shape
-    _adapter_forward_kernel[(cdiv(tokens, config.block_t),)](
+    _adapter_forward_kernel[(cdiv(y.shape[0], config.block_t),)](
         ops,
         y,
         q,
         pre_stats,
         post_stats,
-        tokens,
+        y.shape[0],
         pre_eps,
         eps,
-        BLOCK_T=config.block_t,
-        BLOCK_D=config.block_d,
-        BLOCK_M=config.block_m,
-        TILES=cdiv(ops.bottleneck, config.block_m),
-        HELD=cdiv(features, config.block_d) if config.held else 0,
-        ACTIVATION=activation,
-        SKIP_IN=skip_in,
-        RESIDUAL_X=residual_x,
-        RESIDUAL_SKIP=residual_skip,
-        BY_FOUR=features % 4 == 0,
-        ALIGN=rank_alignment(ops.bottleneck),
-        PRECISION=precision,
+        HELD=cdiv(ops.features, config.block_d) if config.held else 0,
+        FORM=form.tiled(ops, config),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=True,  # said aloud: Triton 3.9 warns, and 3.10 changes the default

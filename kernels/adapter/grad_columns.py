@@ -29,17 +29,21 @@ from torch import Tensor
 
 from ..common.cost import Cost, itemsize
 from ..common.reduce import launch_ordered_sums
-from ..common.tiling import cdiv, power_of_two, rank_alignment
-from .activation import activate
+from ..common.tiling import cdiv, power_of_two
 from .forward import unsupported as unsupported
-from .grad_rows import activated_tiles, expanded_and_upstream, into_expanded, through_down
+from .grad_rows import expanded_and_upstream, into_expanded, through_down
 from .operands import (
+    Form,
     Operands,
+    bottleneck_columns,
     bottleneck_tile,
+    bottleneck_tiles,
+    chunk_columns,
     gate_of_rows,
     input_tile,
     load_pair,
     normalised_input,
+    row_tile,
 )
 
 
@@ -109,7 +113,7 @@ def _adapter_columns_kernel(
     ops,
     grads,
     dy_ptr,
-    q_ptr,
+    a_ptr,
     dq_ptr,
     pre_stats_ptr,
     post_stats_ptr,
@@ -119,133 +123,123 @@ def _adapter_columns_kernel(
     strip_rows,
     stride_dyt,
     stride_partial,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    TILES: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    SKIP_IN: tl.constexpr,
-    RESIDUAL_X: tl.constexpr,
-    RESIDUAL_SKIP: tl.constexpr,
-    BY_FOUR: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FORM: tl.constexpr,
 ):
     strip, tile = tl.program_id(1), tl.program_id(2)
-    start = tl.program_id(0) * BLOCK_D
-    columns = start + tl.arange(0, BLOCK_D)
-    inner = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    features, bottleneck = ops.features, ops.bottleneck
-    live_c, live_m = columns < features, inner < bottleneck
-    dtype: tl.constexpr = q_ptr.dtype.element_ty
-    POST_LN: tl.constexpr = ops.ln_weight is not None
-    NEED_DW: tl.constexpr = grads.up is not None or grads.up_bias is not None
-    NEED_NORMAL: tl.constexpr = grads.ln_weight is not None
-    NEED_DS: tl.constexpr = NEED_DW or grads.scale is not None or NEED_NORMAL
+    start, columns, live_c = chunk_columns(ops, tl.program_id(0), FORM)
+    inner, live_m = bottleneck_columns(ops, tile, FORM)
     NEED_E: tl.constexpr = grads.scale is not None
-    NEED_DV: tl.constexpr = grads.pre_weight is not None or grads.pre_bias is not None
-    NEED_Z: tl.constexpr = grads.down is not None or grads.pre_weight is not None
-    NEED_DQ: tl.constexpr = NEED_DV or grads.down is not None or grads.down_bias is not None
-    NEED_W: tl.constexpr = NEED_DS and (POST_LN or NEED_E)
+    NEED_DS: tl.constexpr = (
+        NEED_E or grads.up is not None or grads.up_bias is not None or grads.ln_weight is not None
+    )
+    NEED_W: tl.constexpr = NEED_E or (NEED_DS and ops.ln_weight is not None)
+    NEED_DQ: tl.constexpr = (
+        grads.down is not None
+        or grads.down_bias is not None
+        or grads.pre_weight is not None
+        or grads.pre_bias is not None
+    )
 
-    d_up = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
-    d_down = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
-    d_down_bias = tl.zeros([BLOCK_M], tl.float32)
-    d_up_bias = tl.zeros([BLOCK_D], tl.float32)
+    d_up = tl.zeros([FORM.block_d, FORM.block_m], tl.float32)
+    d_down = tl.zeros([FORM.block_d, FORM.block_m], tl.float32)
+    d_down_bias = tl.zeros([FORM.block_m], tl.float32)
+    # These are summed over tokens once, at the end: a tile of sums costs less than a reduction in every step.
+    d_up_bias = tl.zeros([FORM.block_t, FORM.block_d], tl.float32)
     d_scale, d_ln_weight, d_ln_bias = d_up_bias, d_up_bias, d_up_bias
     d_pre_weight, d_pre_bias = d_up_bias, d_up_bias
 
     first_row = begin + strip * strip_rows
-    for t in range(first_row, min(first_row + strip_rows, end), BLOCK_T):
-        rows = (t + tl.arange(0, BLOCK_T)).to(tl.int64)
+    for t in range(first_row, min(first_row + strip_rows, end), FORM.block_t):
+        rows = (t + tl.arange(0, FORM.block_t)).to(tl.int64)
         live_t = (rows < end) & (rows < first_row + strip_rows)
         if NEED_DS or grads.ln_bias is not None:
             gate = gate_of_rows(ops, rows, live_t)
-            mean = tl.zeros([BLOCK_T], tl.float32)
+            mean = tl.zeros([FORM.block_t], tl.float32)
             rstd, first, second = mean, mean, mean
-            if POST_LN:
+            if ops.ln_weight is not None:
                 mean, rstd = load_pair(post_stats_ptr, rows, live_t)
                 if sums_ptr is not None:
                     first, second = load_pair(sums_ptr, rows, live_t)
-            a = activated_tiles(
-                q_ptr, ops, rows, live_t, BLOCK_M, TILES if NEED_W else 0, ALIGN, ACTIVATION
+            a = ()
+            if NEED_W:
+                a = bottleneck_tiles(a_ptr, ops, rows, live_t, FORM)
+            dy = row_tile(dy_ptr, stride_dyt, rows, live_t, columns, live_c)
+            e, normal, ds = expanded_and_upstream(
+                *(ops, a, dy, rows, live_t, start, columns, live_c),
+                *(gate, mean, rstd, first, second, NEED_E, FORM),
             )
-            e, normal, dy, ds = expanded_and_upstream(
-                ops,
-                dy_ptr,
-                stride_dyt,
-                a,
-                rows,
-                live_t,
-                start,
-                columns,
-                live_c,
-                gate,
-                mean,
-                rstd,
-                first,
-                second,
-                NEED_E,
-                BLOCK_M,
-                RESIDUAL_X,
-                RESIDUAL_SKIP,
-                BY_FOUR,
-                PRECISION,
-            )
-            d_ln_weight += tl.sum(dy * normal, 0)
-            d_ln_bias += tl.sum(dy, 0)
-            if NEED_E:
-                d_scale += tl.sum(ds * gate * e, 0)
-            if NEED_DW:
-                dw = into_expanded(ops, ds, rows, start, columns, live_c, gate, BY_FOUR)
-                d_up_bias += tl.sum(dw, 0)
+            if grads.ln_weight is not None:
+                d_ln_weight += dy * normal
+            if grads.ln_bias is not None:
+                d_ln_bias += dy
+            if grads.scale is not None:
+                d_scale += ds * gate * e
+            if grads.up is not None or grads.up_bias is not None:
+                dw = into_expanded(ops, ds, rows, start, columns, live_c, gate, FORM)
+                if grads.up_bias is not None:
+                    d_up_bias += dw
                 if grads.up is not None:
-                    if TILES == 1 and NEED_W:
-                        own = a[0]
-                    else:
-                        own = bottleneck_tile(q_ptr, ops, tile, rows, live_t, BLOCK_M, ALIGN)
-                        own = activate(own.to(tl.float32), ACTIVATION).to(dtype)
-                    d_up = tl.dot(tl.trans(dw.to(dtype)), own, d_up, input_precision=PRECISION)
+                    own = bottleneck_tile(a_ptr, ops, tile, rows, live_t, FORM)
+                    dw = tl.trans(dw.to(own.dtype))
+                    d_up = tl.dot(dw, own, d_up, input_precision=FORM.precision)
         if NEED_DQ:
-            own_dq = bottleneck_tile(dq_ptr, ops, tile, rows, live_t, BLOCK_M, ALIGN)
-            d_down_bias += tl.sum(own_dq.to(tl.float32), 0)
-            if NEED_Z:
-                z = input_tile(ops, rows, live_t, columns, live_c, SKIP_IN)
-                v = z
+            own_dq = bottleneck_tile(dq_ptr, ops, tile, rows, live_t, FORM)
+            if grads.down_bias is not None:
+                d_down_bias += tl.sum(own_dq.to(tl.float32), 0)
+            if grads.down is not None or grads.pre_weight is not None:
+                z = input_tile(ops, rows, live_t, columns, live_c, FORM)
+                pre_mean = tl.zeros([FORM.block_t], tl.float32)
+                pre_rstd = pre_mean
                 if ops.pre_weight is not None:
                     pre_mean, pre_rstd = load_pair(pre_stats_ptr, rows, live_t)
-                    v = normalised_input(ops, z, pre_mean, pre_rstd, columns, live_c)
-                if grads.down is not None:
-                    d_down = tl.dot(
-                        tl.trans(v.to(dtype)), own_dq, d_down, input_precision=PRECISION
-                    )
-            if NEED_DV:
-                dq = ()
-                for i in tl.static_range(TILES):
-                    dq = dq + (bottleneck_tile(dq_ptr, ops, i, rows, live_t, BLOCK_M, ALIGN),)
-                dv = through_down(ops, dq, columns, live_c, BLOCK_M, PRECISION)
-                d_pre_bias += tl.sum(dv, 0)
+            if grads.down is not None:
+                v = normalised_input(ops, z, pre_mean, pre_rstd, columns, live_c)
+                v = tl.trans(v.to(own_dq.dtype))
+                d_down = tl.dot(v, own_dq, d_down, input_precision=FORM.precision)
+            if grads.pre_weight is not None or grads.pre_bias is not None:
+                dq = bottleneck_tiles(dq_ptr, ops, rows, live_t, FORM)
+                dv = through_down(ops, dq, columns, live_c, FORM)
+                if grads.pre_bias is not None:
+                    d_pre_bias += dv
                 if grads.pre_weight is not None:
-                    d_pre_weight += tl.sum(dv * (z - pre_mean[:, None]) * pre_rstd[:, None], 0)
+                    d_pre_weight += dv * (z - pre_mean[:, None]) * pre_rstd[:, None]
 
     earlier = begin > 0
     live = live_c[:, None] & live_m[None, :]
-    of_up = columns[:, None] * bottleneck + inner[None, :]
-    of_down = columns[:, None] + inner[None, :] * features
+    of_up = columns[:, None] * ops.bottleneck + inner[None, :]
+    of_down = columns[:, None] + inner[None, :] * ops.features
     # 64 bits: partials of many strips
     strip = strip.to(tl.int64)
     _add_to(grads.up, stride_partial, strip, of_up, d_up, live, earlier)
     _add_to(grads.down, stride_partial, strip, of_down, d_down, live, earlier)
     if start == 0:
-        _add_to(grads.down_bias, stride_partial, strip, inner, d_down_bias, live_m, earlier)
+        _add_to(
+            grads.down_bias, stride_partial, strip, inner, d_down_bias, live_m, earlier
+        )
     # Every tile of the bottleneck has the same vectors: the first one keeps them.
     if tile == 0:
-        _add_to(grads.up_bias, stride_partial, strip, columns, d_up_bias, live_c, earlier)
-        _add_to(grads.scale, stride_partial, strip, columns, d_scale, live_c, earlier)
-        _add_to(grads.pre_weight, stride_partial, strip, columns, d_pre_weight, live_c, earlier)
-        _add_to(grads.pre_bias, stride_partial, strip, columns, d_pre_bias, live_c, earlier)
-        _add_to(grads.ln_weight, stride_partial, strip, columns, d_ln_weight, live_c, earlier)
-        _add_to(grads.ln_bias, stride_partial, strip, columns, d_ln_bias, live_c, earlier)
+        _add_to(
+            grads.up_bias, stride_partial, strip, columns, tl.sum(d_up_bias, 0), live_c, earlier
+        )
+        _add_to(grads.scale, stride_partial, strip, columns, tl.sum(d_scale, 0), live_c, earlier)
+        _add_to(
+            grads.pre_weight,
+            stride_partial,
+            strip,
+            columns,
+            tl.sum(d_pre_weight, 0),
+            live_c,
+            earlier,
+        )
+        _add_to(
+            grads.pre_bias, stride_partial, strip, columns, tl.sum(d_pre_bias, 0), live_c, earlier
+        )
+        _add_to(
+            grads.ln_weight, stride_partial, strip, columns, tl.sum(d_ln_weight, 0), live_c, earlier
+        )
+        _add_to(
+            grads.ln_bias, stride_partial, strip, columns, tl.sum(d_ln_bias, 0), live_c, earlier
+        )
 
 
 class Partials(NamedTuple):
@@ -262,12 +256,13 @@ class Partials(NamedTuple):
         if strips == slabs == 1 or not wanted:
             return cls(grads, 0, None)
         # each slice begins at 16 bytes, so that it can be stored by 16
-        ends = [0]
-        for grad in wanted:
-            ends.append(ends[-1] + cdiv(grad.numel(), 4) * 4)
-        buffer = wanted[0].new_empty((strips, ends[-1]), dtype=torch.float32)
-        slices = iter([buffer[:, a:b] for a, b in zip(ends, ends[1:], strict=False)])
-        return cls(ColumnGrads(*[g if g is None else next(slices) for g in grads]), ends[-1], buffer)
+        sizes = [0 if g is None else cdiv(g.numel(), 4) * 4 for g in grads]
+        buffer = wanted[0].new_empty((strips, sum(sizes)), dtype=torch.float32)
+        places = [
+            None if grad is None else part[:, : grad.numel()]
+            for grad, part in zip(grads, buffer.split(sizes, 1), strict=True)
+        ]
+        return cls(ColumnGrads(*places), buffer.stride(0), buffer)
 
     def finish(self, grads: ColumnGrads) -> None:
         """Sums the partials, in order, into the gradients."""
@@ -281,18 +276,14 @@ def launch_grad_columns(
     ops: Operands,
     partials: Partials,
     dy: Tensor,
-    q: Tensor,
+    a: Tensor | None,
     dq: Tensor | None,
     pre_stats: Tensor | None,
     post_stats: Tensor | None,
     sums: Tensor | None,
     rows: range,
-    activation: str,
-    skip_in: bool,
-    residual_x: bool,
-    residual_skip: bool,
+    form: Form,
     config: ColumnsConfig,
-    precision: str,
 ) -> None:
     """Adds the sums over ``rows`` to the partials; the first slab, which begins at row 0, overwrites them."""
     strip_rows = cdiv(cdiv(len(rows), config.strips), config.block_t) * config.block_t
@@ -305,7 +296,7 @@ def launch_grad_columns(
         ops,
         partials.places,
         dy,
-        q,
+        a,
         dq,
         pre_stats,
         post_stats,
@@ -315,17 +306,7 @@ def launch_grad_columns(
         strip_rows,
         dy.stride(0),
         partials.stride,
-        BLOCK_T=config.block_t,
-        BLOCK_D=config.block_d,
-        BLOCK_M=config.block_m,
-        TILES=cdiv(ops.bottleneck, config.block_m),
-        ACTIVATION=activation,
-        SKIP_IN=skip_in,
-        RESIDUAL_X=residual_x,
-        RESIDUAL_SKIP=residual_skip,
-        BY_FOUR=ops.features % 4 == 0,
-        ALIGN=rank_alignment(ops.bottleneck),
-        PRECISION=precision,
+        FORM=form.tiled(ops, config),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=True,  # said aloud: Triton 3.9 warns, and 3.10 changes the default

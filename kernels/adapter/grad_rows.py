@@ -25,12 +25,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.cost import Cost, itemsize
-from ..common.tiling import cdiv, power_of_two, rank_alignment
-from .activation import activate, derivative
+from ..common.tiling import cdiv, power_of_two
+from .activation import derivative
 from .forward import unsupported as unsupported
 from .operands import (
+    Form,
     Operands,
+    activated_tile,
+    bottleneck_columns,
     bottleneck_tile,
+    chunk_columns,
     dropped,
     expanded_tile,
     gate_of_rows,
@@ -39,6 +43,7 @@ from .operands import (
     matrix_tile,
     row_tile,
     scale_of_columns,
+    store_bottleneck_tile,
     store_pair,
     sum_tile,
     vector,
@@ -82,60 +87,26 @@ def candidate_configs(problem: Any) -> Iterator[RowsConfig]:
 
 
 @triton.jit
-def activated_tiles(
-    q_ptr,
-    ops,
-    rows,
-    live_t,
-    BLOCK_M: tl.constexpr,
-    TILES: tl.constexpr,
-    ALIGN: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+def normalised_sum(
+    ops, a, rows, live_t, start, columns, live_c, gate, mean, rstd, FORM: tl.constexpr
 ):
-    """act(q) as forward rounded it."""
-    a = ()
-    for i in tl.static_range(TILES):
-        q = bottleneck_tile(q_ptr, ops, i, rows, live_t, BLOCK_M, ALIGN)
-        a = a + (activate(q.to(tl.float32), ACTIVATION).to(q.dtype),)
-    return a
-
-
-@triton.jit
-def through_layernorm(g, weight, normal, rstd, first, second):
-    """LN'(g): ``first`` and ``second`` are the means of g·γ and g·γ·n over a row."""
-    return rstd[:, None] * (g * weight - first[:, None] - normal * second[:, None])
-
-
-@triton.jit
-def _normalised_sum(
-    ops,
-    a,
-    rows,
-    live_t,
-    start,
-    columns,
-    live_c,
-    gate,
-    mean,
-    rstd,
-    BLOCK_M: tl.constexpr,
-    RESIDUAL_X: tl.constexpr,
-    RESIDUAL_SKIP: tl.constexpr,
-    BY_FOUR: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """E, and the normalised s, of one chunk."""
-    e = expanded_tile(ops, a, rows, start, columns, live_c, BLOCK_M, BY_FOUR, PRECISION)
-    s = sum_tile(ops, e, rows, live_t, columns, live_c, gate, RESIDUAL_X, RESIDUAL_SKIP)
+    """E, and s normalised, of one chunk."""
+    e = expanded_tile(ops, a, rows, start, columns, live_c, FORM)
+    s = sum_tile(ops, e, rows, live_t, columns, live_c, gate, FORM)
     return e, (s - mean[:, None]) * rstd[:, None]
+
+
+@triton.jit
+def through_layernorm(g, normal, rstd, first, second):
+    """LN' of g, which has γ in it: ``first`` and ``second`` are the means of g and g · normal over a row."""
+    return rstd[:, None] * (g - first[:, None] - normal * second[:, None])
 
 
 @triton.jit
 def expanded_and_upstream(
     ops,
-    dy_ptr,
-    stride_dyt,
     a,
+    dy,
     rows,
     live_t,
     start,
@@ -147,101 +118,167 @@ def expanded_and_upstream(
     first,
     second,
     NEED_E: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    RESIDUAL_X: tl.constexpr,
-    RESIDUAL_SKIP: tl.constexpr,
-    BY_FOUR: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FORM: tl.constexpr,
 ):
-    """(e, n, dy, ds) of one chunk; e is dy where nobody needs it, n where there is no layernorm."""
-    dy = row_tile(dy_ptr, stride_dyt, rows, live_t, columns, live_c)
+    """(e, n, ds) of one chunk; dy stands in for e where nobody needs it, and for n where there is no layernorm."""
     if ops.ln_weight is not None:
-        e, normal = _normalised_sum(
-            ops,
-            a,
-            rows,
-            live_t,
-            start,
-            columns,
-            live_c,
-            gate,
-            mean,
-            rstd,
-            BLOCK_M,
-            RESIDUAL_X,
-            RESIDUAL_SKIP,
-            BY_FOUR,
-            PRECISION,
+        e, normal = normalised_sum(
+            ops, a, rows, live_t, start, columns, live_c, gate, mean, rstd, FORM
         )
-        weight = vector(ops.ln_weight, columns, live_c)
-        return e, normal, dy, through_layernorm(dy, weight, normal, rstd, first, second)
+        g = dy * vector(ops.ln_weight, columns, live_c)
+        return e, normal, through_layernorm(g, normal, rstd, first, second)
     elif NEED_E:
-        e = expanded_tile(ops, a, rows, start, columns, live_c, BLOCK_M, BY_FOUR, PRECISION)
-        return e, dy, dy, dy
+        return expanded_tile(ops, a, rows, start, columns, live_c, FORM), dy, dy
     else:
-        return dy, dy, dy, dy
+        return dy, dy, dy
 
 
 @triton.jit
-def into_expanded(ops, ds, rows, start, columns, live_c, gate, BY_FOUR: tl.constexpr):
+def into_expanded(ops, ds, rows, start, columns, live_c, gate, FORM: tl.constexpr):
     """dw of ds."""
     dw = ds * (gate * ops.amount) * scale_of_columns(ops, columns, live_c)
-    return dropped(ops, dw, rows, start, BY_FOUR)
+    return dropped(ops, dw, rows, start, FORM)
 
 
 @triton.jit
-def _add_da(ops, da, dw, columns, live_c, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr):
+def through_down(ops, dq, columns, live_c, FORM: tl.constexpr):
+    """Dv = dq D of one chunk."""
+    dv = tl.zeros([FORM.block_t, FORM.block_d], tl.float32)
+    TILES: tl.constexpr = FORM.tiles
+    for i in tl.static_range(TILES):
+        inner, live_m = bottleneck_columns(ops, i, FORM)
+        d = matrix_tile(
+            *(ops.down, inner, ops.stride_dm, live_m, columns, ops.stride_dd, live_c),
+            dtype=dq[i].dtype,
+        )
+        dv = tl.dot(dq[i], d, dv, input_precision=FORM.precision)
+    return dv
+
+
+@triton.jit
+def _add_da(ops, da, dw, columns, live_c, FORM: tl.constexpr):
     """Da + dw U of one chunk."""
     out = ()
-    for i in tl.static_range(len(da)):
-        inner = i * BLOCK_M + tl.arange(0, BLOCK_M)
-        live_m = inner < ops.bottleneck
+    TILES: tl.constexpr = FORM.tiles
+    for i in tl.static_range(TILES):
+        inner, live_m = bottleneck_columns(ops, i, FORM)
         u = matrix_tile(
-            ops.up, columns, ops.stride_ud, live_c, inner, ops.stride_um, live_m, dw.dtype
+            *(ops.up, columns, ops.stride_ud, live_c, inner, ops.stride_um, live_m), dtype=dw.dtype
         )
-        out = out + (tl.dot(dw, u, da[i], input_precision=PRECISION),)
+        out = out + (tl.dot(dw, u, da[i], input_precision=FORM.precision),)
     return out
 
 
 @triton.jit
-def _through_activation(
+def _output_means(ops, a, dy_ptr, stride_dyt, rows, live_t, gate, mean, rstd, FORM: tl.constexpr):
+    """The means of dy · γ and dy · γ · n over each row."""
+    first = tl.zeros([FORM.block_t], tl.float32)
+    second = first
+    for chunk in range(tl.cdiv(ops.features, FORM.block_d)):
+        start, columns, live_c = chunk_columns(ops, chunk, FORM)
+        _e, normal = normalised_sum(
+            ops, a, rows, live_t, start, columns, live_c, gate, mean, rstd, FORM
+        )
+        g = row_tile(dy_ptr, stride_dyt, rows, live_t, columns, live_c)
+        g *= vector(ops.ln_weight, columns, live_c)
+        first += tl.sum(g, 1)
+        second += tl.sum(g * normal, 1)
+    return first / ops.features, second / ops.features
+
+
+@triton.jit
+def _into_bottleneck(
     ops,
-    da,
-    q_ptr,
-    dq_ptr,
+    a,
+    dy_ptr,
+    stride_dyt,
     rows,
     live_t,
-    BLOCK_M: tl.constexpr,
-    ALIGN: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    gate,
+    mean,
+    rstd,
+    first,
+    second,
+    dtype: tl.constexpr,
+    NEED_DA: tl.constexpr,
+    NEED_DGATE: tl.constexpr,
+    FORM: tl.constexpr,
 ):
+    """da, a tuple of tiles, and dgate (BLOCK_T,)."""
+    da = ()
+    TILES: tl.constexpr = FORM.tiles
+    for _ in tl.static_range(TILES):
+        da = da + (tl.zeros([FORM.block_t, FORM.block_m], tl.float32),)
+    dgate = tl.zeros([FORM.block_t], tl.float32)
+    for chunk in range(tl.cdiv(ops.features, FORM.block_d)):
+        start, columns, live_c = chunk_columns(ops, chunk, FORM)
+        dy = row_tile(dy_ptr, stride_dyt, rows, live_t, columns, live_c)
+        e, _normal, ds = expanded_and_upstream(
+            *(ops, a, dy, rows, live_t, start, columns, live_c, gate, mean, rstd, first, second),
+            NEED_E=NEED_DGATE,
+            FORM=FORM,
+        )
+        if NEED_DGATE:
+            dgate += tl.sum(ds * e * scale_of_columns(ops, columns, live_c), 1)
+        if NEED_DA:
+            dw = into_expanded(ops, ds, rows, start, columns, live_c, gate, FORM)
+            da = _add_da(ops, da, dw.to(dtype), columns, live_c, FORM)
+    return da, dgate
+
+
+@triton.jit
+def _activated_again(ops, q_ptr, a_ptr, rows, live_t, FORM: tl.constexpr):
+    """a, a tuple of tiles, stored where the columns need it: there every block would make it again."""
+    a = ()
+    TILES: tl.constexpr = FORM.tiles
+    for i in tl.static_range(TILES):
+        tile = activated_tile(bottleneck_tile(q_ptr, ops, i, rows, live_t, FORM), FORM)
+        if a_ptr is not None:
+            store_bottleneck_tile(a_ptr, ops, i, tile, rows, live_t, FORM)
+        a = a + (tile,)
+    return a
+
+
+@triton.jit
+def _through_activation(ops, da, q_ptr, dq_ptr, rows, live_t, FORM: tl.constexpr):
     """dq, stored, and as a tuple of tiles."""
     dq = ()
-    for i in tl.static_range(len(da)):
-        inner = i * BLOCK_M + tl.arange(0, BLOCK_M)
-        q = bottleneck_tile(q_ptr, ops, i, rows, live_t, BLOCK_M, ALIGN)
-        tile = (da[i] * derivative(q.to(tl.float32), ACTIVATION)).to(q.dtype)
-        tl.store(
-            dq_ptr + rows[:, None] * (ops.bottleneck // ALIGN * ALIGN) + inner[None, :],
-            tile,
-            mask=live_t[:, None] & (inner < ops.bottleneck)[None, :],
-        )
+    TILES: tl.constexpr = FORM.tiles
+    for i in tl.static_range(TILES):
+        q = bottleneck_tile(q_ptr, ops, i, rows, live_t, FORM)
+        tile = (da[i] * derivative(q.to(tl.float32), FORM.activation)).to(q.dtype)
+        store_bottleneck_tile(dq_ptr, ops, i, tile, rows, live_t, FORM)
         dq = dq + (tile,)
     return dq
 
 
 @triton.jit
-def through_down(ops, dq, columns, live_c, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr):
-    """Dv = dq D of one chunk."""
-    dv = tl.zeros([dq[0].shape[0], columns.shape[0]], tl.float32)
-    for i in tl.static_range(len(dq)):
-        inner = i * BLOCK_M + tl.arange(0, BLOCK_M)
-        live_m = inner < ops.bottleneck
-        d = matrix_tile(
-            ops.down, inner, ops.stride_dm, live_m, columns, ops.stride_dd, live_c, dq[i].dtype
-        )
-        dv = tl.dot(dq[i], d, dv, input_precision=PRECISION)
-    return dv
+def _input_means(ops, dq, rows, live_t, mean, rstd, FORM: tl.constexpr):
+    """The means of dv · γ and dv · γ · n over each row, of the layernorm before the adapter."""
+    first = tl.zeros([FORM.block_t], tl.float32)
+    second = first
+    for chunk in range(tl.cdiv(ops.features, FORM.block_d)):
+        _start, columns, live_c = chunk_columns(ops, chunk, FORM)
+        g = through_down(ops, dq, columns, live_c, FORM) * vector(ops.pre_weight, columns, live_c)
+        z = input_tile(ops, rows, live_t, columns, live_c, FORM)
+        first += tl.sum(g, 1)
+        second += tl.sum(g * (z - mean[:, None]) * rstd[:, None], 1)
+    return first / ops.features, second / ops.features
+
+
+@triton.jit
+def _into_input(
+    ops, dq, rows, live_t, columns, live_c, mean, rstd, first, second, FORM: tl.constexpr
+):
+    """dz of one chunk."""
+    dz = through_down(ops, dq, columns, live_c, FORM)
+    if ops.pre_weight is not None:
+        z = input_tile(ops, rows, live_t, columns, live_c, FORM)
+        normal = (z - mean[:, None]) * rstd[:, None]
+        g = dz * vector(ops.pre_weight, columns, live_c)
+        return through_layernorm(g, normal, rstd, first, second)
+    else:
+        return dz
 
 
 @triton.jit
@@ -262,173 +299,82 @@ def _adapter_rows_kernel(
     post_stats_ptr,
     dx_ptr,
     dskip_ptr,
+    a_ptr,
     dq_ptr,
     dgate_ptr,
     sums_ptr,
     begin,
     end,
     stride_dyt,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    TILES: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    SKIP_IN: tl.constexpr,
-    RESIDUAL_X: tl.constexpr,
-    RESIDUAL_SKIP: tl.constexpr,
-    BY_FOUR: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FORM: tl.constexpr,
 ):
-    rows = (begin + tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    rows = (begin + tl.program_id(0) * FORM.block_t + tl.arange(0, FORM.block_t)).to(tl.int64)
     live_t = rows < end
-    features = ops.features
-    chunks = tl.cdiv(features, BLOCK_D)
     gate = gate_of_rows(ops, rows, live_t)
-    mean = tl.zeros([BLOCK_T], tl.float32)
+    mean = tl.zeros([FORM.block_t], tl.float32)
     rstd, first, second = mean, mean, mean
-    NEED_W: tl.constexpr = ops.ln_weight is not None or dgate_ptr is not None
-    a = activated_tiles(
-        q_ptr, ops, rows, live_t, BLOCK_M, TILES if NEED_W else 0, ALIGN, ACTIVATION
-    )
+    pre_mean, pre_rstd, pre_first, pre_second = mean, mean, mean, mean
+    NEED_DZ: tl.constexpr = dx_ptr is not None or (dskip_ptr is not None and FORM.skip_in)
+    NEED_DS: tl.constexpr = FORM.residual_x or FORM.residual_skip
 
-    if ops.ln_weight is not None:
+    a = ()
+    if ops.ln_weight is not None or dgate_ptr is not None or a_ptr is not None:
+        a = _activated_again(ops, q_ptr, a_ptr, rows, live_t, FORM)
+    NEED_MEANS: tl.constexpr = (
+        dq_ptr is not None
+        or dgate_ptr is not None
+        or sums_ptr is not None
+        or (dskip_ptr is not None and FORM.residual_skip)
+    )
+    if ops.ln_weight is not None and NEED_MEANS:
         mean, rstd = load_pair(post_stats_ptr, rows, live_t)
-        for chunk in range(chunks):
-            start = chunk * BLOCK_D
-            columns = start + tl.arange(0, BLOCK_D)
-            live_c = columns < features
-            _, normal = _normalised_sum(
-                ops,
-                a,
-                rows,
-                live_t,
-                start,
-                columns,
-                live_c,
-                gate,
-                mean,
-                rstd,
-                BLOCK_M,
-                RESIDUAL_X,
-                RESIDUAL_SKIP,
-                BY_FOUR,
-                PRECISION,
-            )
-            g = row_tile(dy_ptr, stride_dyt, rows, live_t, columns, live_c)
-            g *= vector(ops.ln_weight, columns, live_c)
-            first += tl.sum(g, 1)
-            second += tl.sum(g * normal, 1)
-        first, second = first / features, second / features
+        first, second = _output_means(
+            ops, a, dy_ptr, stride_dyt, rows, live_t, gate, mean, rstd, FORM
+        )
         if sums_ptr is not None:
             store_pair(sums_ptr, rows, live_t, first, second)
 
     if dq_ptr is not None or dgate_ptr is not None:
-        da = ()
-        for _ in tl.static_range(TILES if dq_ptr is not None else 0):
-            da = da + (tl.zeros([BLOCK_T, BLOCK_M], tl.float32),)
-        dgate = tl.zeros([BLOCK_T], tl.float32)
-        for chunk in range(chunks):
-            start = chunk * BLOCK_D
-            columns = start + tl.arange(0, BLOCK_D)
-            live_c = columns < features
-            e, _, _, ds = expanded_and_upstream(
-                ops,
-                dy_ptr,
-                stride_dyt,
-                a,
-                rows,
-                live_t,
-                start,
-                columns,
-                live_c,
-                gate,
-                mean,
-                rstd,
-                first,
-                second,
-                dgate_ptr is not None,
-                BLOCK_M,
-                RESIDUAL_X,
-                RESIDUAL_SKIP,
-                BY_FOUR,
-                PRECISION,
-            )
-            if dgate_ptr is not None:
-                dgate += tl.sum(ds * e * scale_of_columns(ops, columns, live_c), 1)
-            if dq_ptr is not None:
-                dw = into_expanded(ops, ds, rows, start, columns, live_c, gate, BY_FOUR)
-                dw = dw.to(q_ptr.dtype.element_ty)
-                da = _add_da(ops, da, dw, columns, live_c, BLOCK_M, PRECISION)
+        da, dgate = _into_bottleneck(
+            *(ops, a, dy_ptr, stride_dyt, rows, live_t, gate, mean, rstd, first, second),
+            dtype=q_ptr.dtype.element_ty,
+            NEED_DA=dq_ptr is not None,
+            NEED_DGATE=dgate_ptr is not None,
+            FORM=FORM,
+        )
         if dgate_ptr is not None:
             tl.store(dgate_ptr + rows, dgate.to(dgate_ptr.dtype.element_ty), mask=live_t)
-
     if dq_ptr is not None:
-        dq = _through_activation(
-            ops, da, q_ptr, dq_ptr, rows, live_t, BLOCK_M, ALIGN, ACTIVATION
-        )
+        dq = _through_activation(ops, da, q_ptr, dq_ptr, rows, live_t, FORM)
 
-    NEED_DZ: tl.constexpr = dx_ptr is not None or (dskip_ptr is not None and SKIP_IN)
-    pre_mean = tl.zeros([BLOCK_T], tl.float32)
-    pre_rstd, pre_first, pre_second = pre_mean, pre_mean, pre_mean
     if NEED_DZ and ops.pre_weight is not None:
         pre_mean, pre_rstd = load_pair(pre_stats_ptr, rows, live_t)
-        for chunk in range(chunks):
-            columns = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
-            live_c = columns < features
-            g = through_down(ops, dq, columns, live_c, BLOCK_M, PRECISION)
-            g *= vector(ops.pre_weight, columns, live_c)
-            z = input_tile(ops, rows, live_t, columns, live_c, SKIP_IN)
-            pre_first += tl.sum(g, 1)
-            pre_second += tl.sum(g * (z - pre_mean[:, None]) * pre_rstd[:, None], 1)
-        pre_first, pre_second = pre_first / features, pre_second / features
-
+        pre_first, pre_second = _input_means(ops, dq, rows, live_t, pre_mean, pre_rstd, FORM)
     if dx_ptr is not None or dskip_ptr is not None:
-        for chunk in range(chunks):
-            start = chunk * BLOCK_D
-            columns = start + tl.arange(0, BLOCK_D)
-            live_c = columns < features
-            dx = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        for chunk in range(tl.cdiv(ops.features, FORM.block_d)):
+            start, columns, live_c = chunk_columns(ops, chunk, FORM)
+            dz = tl.zeros([FORM.block_t, FORM.block_d], tl.float32)
+            ds = dz
             if NEED_DZ:
-                dx = through_down(ops, dq, columns, live_c, BLOCK_M, PRECISION)
-                if ops.pre_weight is not None:
-                    z = input_tile(ops, rows, live_t, columns, live_c, SKIP_IN)
-                    normal = (z - pre_mean[:, None]) * pre_rstd[:, None]
-                    weight = vector(ops.pre_weight, columns, live_c)
-                    dx = through_layernorm(dx, weight, normal, pre_rstd, pre_first, pre_second)
-            dskip = dx
-            if not SKIP_IN:
-                dskip = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-            if RESIDUAL_X or RESIDUAL_SKIP:
-                _, _, _, ds = expanded_and_upstream(
-                    ops,
-                    dy_ptr,
-                    stride_dyt,
-                    a,
-                    rows,
-                    live_t,
-                    start,
-                    columns,
-                    live_c,
-                    gate,
-                    mean,
-                    rstd,
-                    first,
-                    second,
-                    False,
-                    BLOCK_M,
-                    RESIDUAL_X,
-                    RESIDUAL_SKIP,
-                    BY_FOUR,
-                    PRECISION,
+                dz = _into_input(
+                    *(ops, dq, rows, live_t, columns, live_c),
+                    *(pre_mean, pre_rstd, pre_first, pre_second, FORM),
                 )
-                if RESIDUAL_X:
-                    dx += ds
-                if RESIDUAL_SKIP:
-                    dskip += ds
+            if NEED_DS:
+                dy = row_tile(dy_ptr, stride_dyt, rows, live_t, columns, live_c)
+                _e, _n, ds = expanded_and_upstream(
+                    *(ops, a, dy, rows, live_t, start, columns, live_c),
+                    *(gate, mean, rstd, first, second),
+                    NEED_E=False,
+                    FORM=FORM,
+                )
             if dx_ptr is not None:
+                dx = dz + ds if FORM.residual_x else dz
                 _store_rows(dx_ptr, ops, dx, rows, live_t, columns, live_c)
             if dskip_ptr is not None:
+                dskip = ds if FORM.residual_skip else tl.zeros_like(ds)
+                if FORM.skip_in:
+                    dskip += dz
                 _store_rows(dskip_ptr, ops, dskip, rows, live_t, columns, live_c)
 
 
@@ -440,16 +386,13 @@ def launch_grad_rows(
     post_stats: Tensor | None,
     dx: Tensor | None,
     dskip: Tensor | None,
+    a: Tensor | None,
     dq: Tensor | None,
     dgate: Tensor | None,
     sums: Tensor | None,
     rows: range,
-    activation: str,
-    skip_in: bool,
-    residual_x: bool,
-    residual_skip: bool,
+    form: Form,
     config: RowsConfig,
-    precision: str,
 ) -> None:
     """Fills the rows ``rows`` of what is not None; dq is there if dx is, or dskip and ``skip_in``."""
     _adapter_rows_kernel[(cdiv(len(rows), config.block_t),)](
@@ -460,23 +403,14 @@ def launch_grad_rows(
         post_stats,
         dx,
         dskip,
+        a,
         dq,
         dgate,
         sums,
         rows.start,
         rows.stop,
         dy.stride(0),
-        BLOCK_T=config.block_t,
-        BLOCK_D=config.block_d,
-        BLOCK_M=config.block_m,
-        TILES=cdiv(ops.bottleneck, config.block_m),
-        ACTIVATION=activation,
-        SKIP_IN=skip_in,
-        RESIDUAL_X=residual_x,
-        RESIDUAL_SKIP=residual_skip,
-        BY_FOUR=ops.features % 4 == 0,
-        ALIGN=rank_alignment(ops.bottleneck),
-        PRECISION=precision,
+        FORM=form.tiled(ops, config),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=True,  # said aloud: Triton 3.9 warns, and 3.10 changes the default

@@ -1,8 +1,8 @@
 """What the kernels of the bottleneck adapter share: their operands, and the tiles that all of them make.
 
-    z = x + skip (SKIP_IN) or x          v = LN(z) or z          q = v Dᵀ + db, a = act(q)
+    z = x + skip (skip_in) or x          v = LN(z) or z          q = v Dᵀ + db, a = act(q)
     w = a Uᵀ + ub                        e = keep · scaling / (1 - p) · w
-    u = gate · scale · e                 s = u + x (RESIDUAL_X) + skip (RESIDUAL_SKIP)
+    u = gate · scale · e                 s = u + x (residual_x) + skip (residual_skip)
 
 x, skip (T, d), rows with any stride; D (m, d), U (d, m) through their strides; vectors contiguous; scale (d,), or
 (1,) with stride 0. Every tile is fp32, (BLOCK_T, BLOCK_D) from column ``start``, and 0 outside the rows and columns
@@ -11,14 +11,16 @@ that live. The bottleneck stands side by side in a tuple of (BLOCK_T, BLOCK_M) t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..common.dropout import keep_mask
-from ..common.tiling import known_multiple
+from ..common.tiling import cdiv, known_multiple, rank_alignment
+from .activation import activate
 
 
 class Operands(NamedTuple):
@@ -89,6 +91,50 @@ class Operands(NamedTuple):
         )
 
 
+@dataclass(frozen=True)
+class Form:
+    """What a kernel is compiled for, beyond which operands there are: one constexpr instead of a dozen."""
+
+    activation: str
+    skip_in: bool
+    residual_x: bool
+    residual_skip: bool
+    precision: str
+    by_four: bool  # rows of the mask begin on a multiple of four
+    align: int  # a power of two that divides the bottleneck
+    block_t: int = 0
+    block_d: int = 0
+    block_m: int = 0
+    tiles: int = 0  # of the bottleneck
+
+    @classmethod
+    def make(
+        cls,
+        ops: Operands,
+        activation: str,
+        skip_in: bool,
+        residual_x: bool,
+        residual_skip: bool,
+        precision: str,
+    ) -> Form:
+        """The form of one call, for any tiling."""
+        return cls(
+            *(activation, skip_in, residual_x, residual_skip, precision),
+            by_four=ops.features % 4 == 0,
+            align=rank_alignment(ops.bottleneck),
+        )
+
+    def tiled(self, ops: Operands, config: Any) -> Form:
+        """The form with the tiles of a configuration."""
+        return replace(
+            self,
+            block_t=config.block_t,
+            block_d=config.block_d,
+            block_m=config.block_m,
+            tiles=cdiv(ops.bottleneck, config.block_m),
+        )
+
+
 @triton.jit
 def row_tile(ptr, stride, rows, live_t, columns, live_c):
     """(BLOCK_T, BLOCK_D) of rows with this stride, in fp32."""
@@ -116,24 +162,6 @@ def matrix_tile(ptr, rows, stride_r, live_r, columns, stride_c, live_c, dtype: t
 
 
 @triton.jit
-def input_tile(ops, rows, live_t, columns, live_c, SKIP_IN: tl.constexpr):
-    """Z, what the adapter (or its layernorm) sees."""
-    z = row_tile(ops.x, ops.stride_xt, rows, live_t, columns, live_c)
-    if SKIP_IN:
-        z += row_tile(ops.skip, ops.stride_st, rows, live_t, columns, live_c)
-    return z
-
-
-@triton.jit
-def normalised_input(ops, z, mean, rstd, columns, live_c):
-    """LN(z) before the adapter."""
-    v = (z - mean[:, None]) * rstd[:, None] * vector(ops.pre_weight, columns, live_c)
-    if ops.pre_bias is not None:
-        v += vector(ops.pre_bias, columns, live_c)
-    return v
-
-
-@triton.jit
 def load_pair(ptr, rows, live_t):
     """Two numbers a row, of (T, 2) fp32."""
     first = tl.load(ptr + rows * 2, mask=live_t, other=0.0)
@@ -148,24 +176,85 @@ def store_pair(ptr, rows, live_t, first, second):
 
 
 @triton.jit
-def bottleneck_tile(ptr, ops, tile, rows, live_t, BLOCK_M: tl.constexpr, ALIGN: tl.constexpr):
-    """Tile number ``tile`` of q or dq (T, m), contiguous, in its own dtype."""
-    bottleneck = known_multiple(ops.bottleneck, ALIGN)
-    inner = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+def chunk_columns(ops, chunk, FORM: tl.constexpr):
+    """First column, columns (BLOCK_D,) and which of them live."""
+    start = chunk * FORM.block_d
+    columns = start + tl.arange(0, FORM.block_d)
+    return start, columns, columns < ops.features
+
+
+@triton.jit
+def bottleneck_columns(ops, tile, FORM: tl.constexpr):
+    """Columns (BLOCK_M,) of a tile of the bottleneck, and which of them live."""
+    inner = tile * FORM.block_m + tl.arange(0, FORM.block_m)
+    return inner, inner < ops.bottleneck
+
+
+@triton.jit
+def bottleneck_tile(ptr, ops, tile, rows, live_t, FORM: tl.constexpr):
+    """A tile of q or dq (T, m), contiguous, in its own dtype."""
+    inner, live_m = bottleneck_columns(ops, tile, FORM)
     return tl.load(
-        ptr + rows[:, None] * bottleneck + inner[None, :],
-        mask=live_t[:, None] & (inner < bottleneck)[None, :],
+        ptr + rows[:, None] * known_multiple(ops.bottleneck, FORM.align) + inner[None, :],
+        mask=live_t[:, None] & live_m[None, :],
         other=0.0,
     )
+
+
+@triton.jit
+def store_bottleneck_tile(ptr, ops, tile, value, rows, live_t, FORM: tl.constexpr):
+    """A tile of q or dq."""
+    inner, live_m = bottleneck_columns(ops, tile, FORM)
+    tl.store(
+        ptr + rows[:, None] * known_multiple(ops.bottleneck, FORM.align) + inner[None, :],
+        value,
+        mask=live_t[:, None] & live_m[None, :],
+    )
+
+
+@triton.jit
+def activated_tile(q, FORM: tl.constexpr):
+    """act(q) of a tile of q, rounded as q is."""
+    return activate(q.to(tl.float32), FORM.activation).to(q.dtype)
+
+
+@triton.jit
+def bottleneck_tiles(ptr, ops, rows, live_t, FORM: tl.constexpr):
+    """All tiles of a, q or dq (T, m)."""
+    out = ()
+    TILES: tl.constexpr = FORM.tiles
+    for i in tl.static_range(TILES):
+        out = out + (bottleneck_tile(ptr, ops, i, rows, live_t, FORM),)
+    return out
+
+
+@triton.jit
+def input_tile(ops, rows, live_t, columns, live_c, FORM: tl.constexpr):
+    """Z, what the adapter (or its layernorm) sees."""
+    z = row_tile(ops.x, ops.stride_xt, rows, live_t, columns, live_c)
+    if FORM.skip_in:
+        z += row_tile(ops.skip, ops.stride_st, rows, live_t, columns, live_c)
+    return z
+
+
+@triton.jit
+def normalised_input(ops, z, mean, rstd, columns, live_c):
+    """LN(z), or z where there is no layernorm before the adapter."""
+    if ops.pre_weight is not None:
+        v = (z - mean[:, None]) * rstd[:, None] * vector(ops.pre_weight, columns, live_c)
+        if ops.pre_bias is not None:
+            v += vector(ops.pre_bias, columns, live_c)
+        return v
+    else:
+        return z
 
 
 @triton.jit
 def gate_of_rows(ops, rows, live_t):
     """(BLOCK_T, 1), or 1."""
     if ops.gate is not None:
-        return tl.load(ops.gate + rows * ops.stride_gate, mask=live_t, other=0.0).to(tl.float32)[
-            :, None
-        ]
+        gate = tl.load(ops.gate + rows * ops.stride_gate, mask=live_t, other=0.0)
+        return gate.to(tl.float32)[:, None]
     else:
         return 1.0
 
@@ -174,27 +263,21 @@ def gate_of_rows(ops, rows, live_t):
 def scale_of_columns(ops, columns, live_c):
     """(1, BLOCK_D), or 1."""
     if ops.scale is not None:
-        return tl.load(ops.scale + columns * ops.stride_scale, mask=live_c, other=0.0).to(
-            tl.float32
-        )[None, :]
+        scale = tl.load(ops.scale + columns * ops.stride_scale, mask=live_c, other=0.0)
+        return scale.to(tl.float32)[None, :]
     else:
         return 1.0
 
 
 @triton.jit
-def dropped(ops, tile, rows, start, BY_FOUR: tl.constexpr):
+def dropped(ops, tile, rows, start, FORM: tl.constexpr):
     """The tile, 0 where dropout drops; the mask is made here, and again wherever it is needed again."""
     if ops.seed is not None:
         keep = keep_mask(
-            tl.load(ops.seed),
-            rows,
-            start,
-            ops.features,
-            0,
-            ops.threshold,
-            tile.shape[0],
-            tile.shape[1],
-            BY_FOUR,
+            *(tl.load(ops.seed), rows, start, ops.features, 0, ops.threshold),
+            BLOCK_T=FORM.block_t,
+            BLOCK_K=FORM.block_d,
+            BY_FOUR=FORM.by_four,
         )
         return tl.where(keep, tile, 0.0)
     else:
@@ -202,53 +285,28 @@ def dropped(ops, tile, rows, start, BY_FOUR: tl.constexpr):
 
 
 @triton.jit
-def expanded_tile(
-    ops,
-    a,
-    rows,
-    start,
-    columns,
-    live_c,
-    BLOCK_M: tl.constexpr,
-    BY_FOUR: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def expanded_tile(ops, a, rows, start, columns, live_c, FORM: tl.constexpr):
     """E = keep · scaling / (1 - p) · (a Uᵀ + ub)."""
-    w = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
-    for i in tl.static_range(len(a)):
-        inner = i * BLOCK_M + tl.arange(0, BLOCK_M)
+    w = tl.zeros([FORM.block_t, FORM.block_d], tl.float32)
+    TILES: tl.constexpr = FORM.tiles
+    for i in tl.static_range(TILES):
+        inner, live_m = bottleneck_columns(ops, i, FORM)
         u = matrix_tile(
-            ops.up,
-            inner,
-            ops.stride_um,
-            inner < ops.bottleneck,
-            columns,
-            ops.stride_ud,
-            live_c,
-            a[i].dtype,
+            *(ops.up, inner, ops.stride_um, live_m, columns, ops.stride_ud, live_c),
+            dtype=a[i].dtype,
         )
-        w = tl.dot(a[i], u, w, input_precision=PRECISION)
+        w = tl.dot(a[i], u, w, input_precision=FORM.precision)
     if ops.up_bias is not None:
         w += vector(ops.up_bias, columns, live_c)
-    return dropped(ops, w * ops.amount, rows, start, BY_FOUR)
+    return dropped(ops, w * ops.amount, rows, start, FORM)
 
 
 @triton.jit
-def sum_tile(
-    ops,
-    e,
-    rows,
-    live_t,
-    columns,
-    live_c,
-    gate,
-    RESIDUAL_X: tl.constexpr,
-    RESIDUAL_SKIP: tl.constexpr,
-):
+def sum_tile(ops, e, rows, live_t, columns, live_c, gate, FORM: tl.constexpr):
     """S = gate · scale · e and the residuals."""
     s = e * gate * scale_of_columns(ops, columns, live_c)
-    if RESIDUAL_X:
+    if FORM.residual_x:
         s += row_tile(ops.x, ops.stride_xt, rows, live_t, columns, live_c)
-    if RESIDUAL_SKIP:
+    if FORM.residual_skip:
         s += row_tile(ops.skip, ops.stride_st, rows, live_t, columns, live_c)
     return s

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...kernels.adapter import choice, forward, grad_columns, grad_rows
 from ...kernels.adapter.grad_columns import ColumnGrads, Partials
-from ...kernels.adapter.operands import Operands
+from ...kernels.adapter.operands import Form, Operands
 from ...random import keep_scale
 from .lora import _arch as arch_of
 from .lora import _precision as precision_of
@@ -132,12 +132,8 @@ def bottleneck_adapter_fwd(
             post_stats,
             pre_eps,
             eps,
-            activation,
-            skip_in,
-            residual_x,
-            residual_skip,
+            Form.make(ops, activation, skip_in, residual_x, residual_skip, precision_of(x.dtype)),
             forward.default_config(shapes),
-            precision_of(x.dtype),
         )
     return y, q, pre_stats, post_stats
 
@@ -192,9 +188,11 @@ def bottleneck_adapter_bwd(
         through_down = grads.down, grads.down_bias, grads.pre_weight, grads.pre_bias
         need_dq = dx is not None or (dskip is not None and skip_in) or _any(through_down)
         need_sums = ln_weight is not None and _any((dup, dup_bias, dscale))
+        need_a = _any((dup, dscale, grads.ln_weight)) or (dup_bias is not None and need_sums)
+        a = torch.empty_like(q) if need_a else None
         dq = torch.empty_like(q) if need_dq else None
         sums = x.new_empty((tokens, 2), dtype=torch.float32) if need_sums else None
-        by_rows, by_columns = _any((dx, dskip, dq, dgate, sums)), _any(grads)
+        by_rows, by_columns = _any((dx, dskip, a, dq, dgate, sums)), _any(grads)
 
         shapes = _shapes("bottleneck_adapter_bwd", ops, tokens, activation)
         rows_config = grad_rows.default_config(shapes)
@@ -202,22 +200,20 @@ def bottleneck_adapter_bwd(
         slab = choice.slab_rows(shapes) if by_rows and by_columns else tokens
         slabs = [range(begin, min(begin + slab, tokens)) for begin in range(0, tokens, slab)]
         partials = Partials.make(grads, columns_config.strips, len(slabs))
-        form = (activation, skip_in, residual_x, residual_skip)
         precision = precision_of(x.dtype)
+        form = Form.make(ops, activation, skip_in, residual_x, residual_skip, precision)
         for rows in slabs:
             if by_rows:
                 grad_rows.launch_grad_rows(
-                    *(ops, dy, q, pre_stats, post_stats, dx, dskip, dq, dgate, sums, rows),
-                    *form,
+                    *(ops, dy, q, pre_stats, post_stats, dx, dskip, a, dq, dgate, sums, rows),
+                    form,
                     rows_config,
-                    precision,
                 )
             if by_columns:
                 grad_columns.launch_grad_columns(
-                    *(ops, partials, dy, q, dq, pre_stats, post_stats, sums, rows),
-                    *form,
+                    *(ops, partials, dy, a, dq, pre_stats, post_stats, sums, rows),
+                    form,
                     columns_config,
-                    precision,
                 )
         partials.finish(grads)
         if dscale is not None and dscales is not dscale and dscales is not None:
