@@ -2,6 +2,7 @@
 // one backend of them.
 #include <torch/csrc/utils/pybind.h>
 
+#include "cpu/adapter.h"
 #include "cpu/isa.h"
 #include "cpu/lora.h"
 #include "cpu/packed.h"
@@ -26,6 +27,34 @@ py::tuple lora_linear_bwd(const at::Tensor& dy, const pelt_fast::OptionalTensor&
   return py::make_tuple(g.dx, g.dbias, g.da, g.db, g.dlora_bias);
 }
 
+// What both directions of the bottleneck adapter take, in the order of the operators' schemas.
+#define PELT_ADAPTER_ARGUMENTS                                                                     \
+  const at::Tensor &down, const pelt_fast::OptionalTensor &down_bias, const at::Tensor &up,        \
+      const pelt_fast::OptionalTensor &up_bias, const pelt_fast::OptionalTensor &scale,            \
+      const pelt_fast::OptionalTensor &gate, const pelt_fast::OptionalTensor &pre_weight,          \
+      const pelt_fast::OptionalTensor &pre_bias, const pelt_fast::OptionalTensor &ln_weight,       \
+      const pelt_fast::OptionalTensor &ln_bias, const pelt_fast::OptionalTensor &seed,             \
+      const std::string &activation, double scaling, double pre_eps, double eps, double dropout_p, \
+      bool skip_in, bool residual_x, bool residual_skip
+#define PELT_ADAPTER_TENSORS \
+  {down, down_bias, up, up_bias, scale, gate, pre_weight, pre_bias, ln_weight, ln_bias, seed}
+#define PELT_ADAPTER_SETTINGS \
+  {activation, scaling, pre_eps, eps, dropout_p, skip_in, residual_x, residual_skip}
+
+auto bottleneck_adapter_fwd(const at::Tensor& x, const pelt_fast::OptionalTensor& skip,
+                            PELT_ADAPTER_ARGUMENTS) {
+  return pelt_fast::bottleneck_adapter_fwd(x, skip, PELT_ADAPTER_TENSORS, PELT_ADAPTER_SETTINGS);
+}
+
+auto bottleneck_adapter_bwd(const at::Tensor& dy, const at::Tensor& x,
+                            const pelt_fast::OptionalTensor& skip, const at::Tensor& q,
+                            const pelt_fast::OptionalTensor& pre_stats,
+                            const pelt_fast::OptionalTensor& post_stats, PELT_ADAPTER_ARGUMENTS,
+                            const std::vector<bool>& needs) {
+  return pelt_fast::bottleneck_adapter_bwd(dy, x, skip, q, pre_stats, post_stats,
+                                           PELT_ADAPTER_TENSORS, PELT_ADAPTER_SETTINGS, needs);
+}
+
 } // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -33,6 +62,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "C++ kernels of pelt_fast";
   m.def("lora_linear_fwd", &pelt_fast::lora_linear_fwd, release());
   m.def("lora_linear_bwd", &lora_linear_bwd);
+  m.def("bottleneck_adapter_fwd", &bottleneck_adapter_fwd, release());
+  m.def("bottleneck_adapter_bwd", &bottleneck_adapter_bwd, release());
   m.def(
       "isa", [] { return pelt_fast::isa_name(pelt_fast::current_isa()); },
       "The instruction set in use.");

@@ -82,7 +82,7 @@ def activate(q: Tensor, name: str) -> Tensor:
 def derivative(q: Tensor, name: str) -> Tensor:
     """act'(q), in q's dtype, which should be wide: sums of several terms cancel here."""
     if name == "relu":
-        return (q > 0).to(q.dtype)
+        return torch.where(q <= 0, 0.0, 1.0).to(q.dtype)  # of nan it is one, as torch has it
     if name == "gelu":
         density = torch.exp(-0.5 * q * q) / math.sqrt(2 * math.pi)
         return 0.5 * torch.erfc(-q * math.sqrt(0.5)) + q * density
@@ -104,7 +104,7 @@ def derivative(q: Tensor, name: str) -> Tensor:
     if name == "relu2":
         return 2 * torch.relu(q)
     if name == "relu6":
-        return ((q > 0) & (q < 6)).to(q.dtype)
+        return torch.where((q <= 0) | (q >= 6), 0.0, 1.0).to(q.dtype)
     if name == "mish":
         t = torch.tanh(F.softplus(q))
         return t + q * torch.sigmoid(q) * (1 - t * t)

@@ -77,6 +77,8 @@ struct WideEngine {
   // a left tile of 96 × 384 and a product tile of 96 × 768 share a level-2 cache; a strip of W
   // stays in level 1
   static constexpr int64_t kBlockRows = 96, kBlockK = 384, kBlockColumns = 768, kRowUnit = 6;
+  // of a tile of whole rows, of which an operation has two or three
+  static constexpr int64_t kTileBytes = 192 << 10;
 
   const Kernels<T>& kernels;
   int64_t lanes() const { return kernels.lanes; }     // unit of a padded rank
@@ -103,6 +105,10 @@ struct WideEngine {
     return left(m, n, x, stride, mask, row, column, out, random);
   }
 
+  // The same from a tile that is wide already; its columns from k to the next pair are zero.
+  Tile<Operand> left_of(int64_t m, int64_t k, Tile<A> tile, Scratch& out) const { return tile; }
+  Tile<Operand> right_of(int64_t m, int64_t n, Tile<A> tile, Scratch& out) const { return tile; }
+
   void gemm(int64_t m, int64_t n, int64_t k, Tile<Operand> a, const T* b, int64_t ldb, A* c,
             int64_t ldc, bool accumulate) const {
     kernels.gemm(m, n, k, a.data, a.stride, b, ldb, c, ldc, accumulate);
@@ -117,6 +123,7 @@ struct WideEngine {
   void operand(int64_t n, const T* values, Operand* out) const {
     kernels.widen(n, n, values, nullptr, 0, out);
   }
+  void operand_of(int64_t n, const A* values, Operand* out) const { std::copy_n(values, n, out); }
   void finish() const {}
 };
 
@@ -127,7 +134,7 @@ struct AmxEngine {
   using Operand = BF16;
   // 64 × 64 × 256 products run out of L1; 256 rows share each 32 KiB piece of W
   static constexpr int64_t kBlockRows = 256, kBlockK = 256, kBlockColumns = 256, kRowUnit = 32,
-                           kTileRows = 64;
+                           kTileRows = 64, kTileBytes = 512 << 10;
 
   const Kernels<BF16>& kernels;
   const bool emulated; // plain products instead of brgemm's
@@ -170,6 +177,28 @@ struct AmxEngine {
     return {tile, ld};
   }
 
+  Tile<Operand> left_of(int64_t m, int64_t k, Tile<A> tile, Scratch& out) const {
+    const int64_t padded = round_up(k, 2), ld = padded + 32;
+    BF16* rows = out.get<BF16>(m * ld);
+    for (int64_t i = 0; i < m; ++i)
+      kernels.narrow(padded, tile.data + i * tile.stride, nullptr, rows + i * ld);
+    return {rows, ld};
+  }
+  Tile<Operand> right_of(int64_t m, int64_t n, Tile<A> tile, Scratch& out) const {
+    const int64_t ld = round_up(n, 16), pairs = (m + 1) / 2;
+    BF16* pairs_of_rows = out.get<BF16>(pairs * 2 * ld + 2 * ld);
+    BF16* rounded = pairs_of_rows + pairs * 2 * ld; // two rows
+    for (int64_t i = 0; i < m; i += 2) {
+      const int64_t count = std::min<int64_t>(2, m - i);
+      for (int64_t j = 0; j < count; ++j)
+        kernels.narrow(n, tile.data + (i + j) * tile.stride, nullptr, rounded + j * ld);
+      BF16* pair = pairs_of_rows + i * ld;
+      kernels.interleave(n, rounded, count == 2 ? rounded + ld : nullptr, pair);
+      std::fill(pair + 2 * n, pair + 2 * ld, BF16{0});
+    }
+    return {pairs_of_rows, ld};
+  }
+
   void gemm(int64_t m, int64_t n, int64_t k, Tile<Operand> a, const T* b, int64_t ldb, A* c,
             int64_t ldc, bool accumulate) const {
     for (int64_t i = 0; i < m; i += kTileRows)
@@ -185,6 +214,9 @@ struct AmxEngine {
   }
 
   void operand(int64_t n, const T* values, Operand* out) const { std::copy_n(values, n, out); }
+  void operand_of(int64_t n, const A* values, Operand* out) const {
+    kernels.narrow(n, values, nullptr, out);
+  }
   void finish() const {
     if (!emulated) at::native::cpublas::brgemm_release();
   }

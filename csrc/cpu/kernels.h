@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "rows.h"
 #include "types.h"
 
 namespace pelt_fast {
@@ -47,6 +48,8 @@ struct Kernels {
   // words[0:n] = the 32 random bits of elements first .. first + n - 1 (pelt_fast/random.py says
   // which).
   void (*philox)(uint64_t seed, uint32_t stream, uint64_t first, int64_t n, uint32_t* words);
+
+  RowKernels<T> rows;
 };
 
 template <class T>

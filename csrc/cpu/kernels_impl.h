@@ -372,10 +372,12 @@ void philox(uint64_t seed, uint32_t stream, uint64_t first, int64_t n, uint32_t*
   }
 }
 
+#include "rows_impl.h"
+
 template <class T>
 constexpr Kernels<T> table(const char* name) {
-  return {name,    Vec<Acc<T>>::N, gemm<T>,   gemm<Acc<T>>,       widen<T>,
-          drop<T>, interleave<T>,  narrow<T>, add_masked<Acc<T>>, philox};
+  return {name,      Vec<Acc<T>>::N,     gemm<T>, gemm<Acc<T>>,  widen<T>, drop<T>, interleave<T>,
+          narrow<T>, add_masked<Acc<T>>, philox,  row_table<T>()};
 }
 
 } // namespace

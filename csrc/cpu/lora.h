@@ -1,16 +1,15 @@
-// LoRA linear on a CPU; shapes and dtypes were checked by the caller (pelt_fast/backends/cpp/lora.py
-// says which).
+// LoRA linear on a CPU; shapes and dtypes were checked by the caller
+// (pelt_fast/backends/cpp/lora.py says which).
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
 #include <tuple>
 #include <vector>
 
-namespace pelt_fast {
+#include "../check.h"
 
-using OptionalTensor = std::optional<at::Tensor>;
+namespace pelt_fast {
 
 // x (T, in) -> y (T, out), s (T, R).
 std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(

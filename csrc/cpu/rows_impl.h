@@ -1,0 +1,347 @@
+// The kernels of rows.h, for the instruction set of the including file; after kernels_impl.h, in
+// its namespace. No library header may come in here either: libm is reached through the compiler.
+
+// ---- the vectors of a row, and what is left at its end ----
+
+template <class A>
+struct Many {
+  static constexpr int N = Vec<A>::N;
+  template <class P>
+  PELT_INLINE static typename Vec<A>::type get(const P* p) {
+    return widen_vec(p);
+  }
+  template <class V>
+  PELT_INLINE static void put(A* p, V v) {
+    store(p, v);
+  }
+};
+
+template <class A>
+struct One {
+  template <class P>
+  PELT_INLINE static A get(const P* p) {
+    return widen_one(*p);
+  }
+  PELT_INLINE static void put(A* p, A v) { *p = v; }
+};
+
+#define PELT_BODY(...) [&](auto lanes, int64_t i) __attribute__((always_inline)) { __VA_ARGS__ }
+
+template <class A, class Body>
+PELT_INLINE void each(int64_t n, const Body& body) {
+  constexpr int N = Vec<A>::N;
+  int64_t i = 0;
+  for (; i + N <= n; i += N) body(Many<A>{}, i);
+  for (; i < n; ++i) body(One<A>{}, i);
+}
+
+template <class V, class A>
+PELT_INLINE A total(V v) {
+  A sum = 0;
+  for (int i = 0; i < Vec<A>::N; ++i) sum += v[i];
+  return sum;
+}
+
+// Σ term(i), in as many independent sums as hide the latency of an addition.
+template <class A, class Term>
+PELT_INLINE A sum_of(int64_t n, const Term& term) {
+  using V = typename Vec<A>::type;
+  constexpr int N = Vec<A>::N, G = 4;
+  V sums[G] = {};
+  int64_t i = 0;
+  for (; i + G * N <= n; i += G * N)
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) sums[g] += term(Many<A>{}, i + g * N);
+  for (; i + N <= n; i += N) sums[0] += term(Many<A>{}, i);
+  A sum = total<V, A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; i < n; ++i) sum += term(One<A>{}, i);
+  return sum;
+}
+
+// ---- rows ----
+
+template <class T, class A = Acc<T>>
+void row_add(int64_t n, const T* x, A* sum) {
+  each<A>(n, PELT_BODY(lanes.put(sum + i, lanes.get(sum + i) + lanes.get(x + i));));
+}
+
+template <class A>
+void row_affine(int64_t n, const A* bias, A factor, const A* scale, A* w) {
+  if (bias) each<A>(n, PELT_BODY(lanes.put(w + i, lanes.get(w + i) + lanes.get(bias + i));));
+  if (scale)
+    each<A>(n, PELT_BODY(lanes.put(w + i, lanes.get(w + i) * (lanes.get(scale + i) * factor));));
+  else if (factor != A(1))
+    each<A>(n, PELT_BODY(lanes.put(w + i, lanes.get(w + i) * factor);));
+}
+
+template <class A>
+void row_mask(int64_t n, const uint32_t* words, uint32_t threshold, A* x) {
+  int64_t i = 0;
+  if constexpr (sizeof(A) == 4) {
+    for (; i + L <= n; i += L)
+      store(x + i, bit_cast<VU>(load<VF>(x + i)) & keep_mask(words + i, threshold));
+  }
+  for (; i < n; ++i)
+    if (words[i] < threshold) x[i] = A(0);
+}
+
+template <class A>
+void row_add_product(int64_t n, const A* a, const A* b, A factor, A* sum) {
+  each<A>(n, PELT_BODY(lanes.put(
+                 sum + i, lanes.get(sum + i) + lanes.get(a + i) * lanes.get(b + i) * factor);));
+}
+
+template <class A>
+A row_dot(int64_t n, const A* a, const A* b) {
+  return sum_of<A>(n, PELT_BODY(return lanes.get(a + i) * lanes.get(b + i);));
+}
+
+template <class A>
+void row_moments(int64_t n, const A* x, A* mean, A* variance) {
+  const A centre = sum_of<A>(n, PELT_BODY(return lanes.get(x + i);)) / A(n);
+  *mean = centre;
+  *variance =
+      sum_of<A>(n, PELT_BODY(const auto v = lanes.get(x + i) - centre; return v * v;)) / A(n);
+}
+
+template <class A>
+void row_normalise(int64_t n, const A* x, A mean, A rstd, const A* weight, const A* bias, A* out) {
+  if (bias)
+    each<A>(n,
+            PELT_BODY(lanes.put(out + i, (lanes.get(x + i) - mean) * rstd * lanes.get(weight + i) +
+                                             lanes.get(bias + i));));
+  else
+    each<A>(n, PELT_BODY(
+                   lanes.put(out + i, (lanes.get(x + i) - mean) * rstd * lanes.get(weight + i));));
+}
+
+template <class A>
+void row_normalise_backward(int64_t n, const A* dy, A mean, A rstd, const A* weight, A* s,
+                            A* dweight, A* dbias) {
+  each<A>(n, PELT_BODY(lanes.put(s + i, (lanes.get(s + i) - mean) * rstd);));
+  if (dweight) row_add_product(n, dy, s, A(1), dweight);
+  if (dbias) row_add<A, A>(n, dy, dbias);
+  const A plain = sum_of<A>(n, PELT_BODY(return lanes.get(dy + i) * lanes.get(weight + i);)) / A(n);
+  const A along = sum_of<A>(n, PELT_BODY(return lanes.get(dy + i) * lanes.get(weight + i) *
+                                                    lanes.get(s + i);)) /
+                  A(n);
+  each<A>(n, PELT_BODY(lanes.put(s + i, (lanes.get(dy + i) * lanes.get(weight + i) - plain -
+                                         lanes.get(s + i) * along) *
+                                            rstd);));
+}
+
+// ---- exponentials ----
+// In fp32 polynomials, fitted to the relative error over the range that is left after reduction; in
+// fp64 libm, element by element.
+
+typedef double VD __attribute__((vector_size(PELT_BYTES)));
+
+template <class V, class F>
+PELT_INLINE V map(V v, const F& f) {
+  for (int i = 0; i < int(sizeof(V) / sizeof(v[0])); ++i) v[i] = f(v[i]);
+  return v;
+}
+
+template <int n>
+PELT_INLINE VF polynomial(VF x, const float (&c)[n]) {
+  VF y = VF{} + c[n - 1];
+#pragma GCC unroll 16
+  for (int i = n - 2; i >= 0; --i) y = y * x + c[i];
+  return y;
+}
+
+PELT_INLINE VF absolute(VF v) {
+  return bit_cast<VF>(bit_cast<VU>(v) & 0x7fffffffu);
+}
+PELT_INLINE VF with_sign_of(VF v, VF sign) {
+  return bit_cast<VF>(bit_cast<VU>(v) | (bit_cast<VU>(sign) & 0x80000000u));
+}
+
+PELT_INLINE VD exponential(VD v) {
+  return map(v, [](double x) __attribute__((always_inline)) { return __builtin_exp(x); });
+}
+PELT_INLINE VF exponential(VF v) {
+  constexpr float c[] = {1.0f,          1.00000004f,   0.499999921f,  0.166664202f,
+                         0.0416682258f, 0.0083748173f, 0.00138368396f};
+  // beyond these the result is 0 or infinite; nan passes
+  VF x = v > 88.8f ? VF{} + 88.8f : v;
+  x = x < -87.3f ? VF{} - 87.3f : x;
+  const VF shifted = x * 1.44269504f + 12582912.0f; // its low bits are the nearest integer
+  const VF n = shifted - 12582912.0f;
+  const VF r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  const VU bits = bit_cast<VU>(shifted) << 23;
+  const VF power = bit_cast<VF>(bits + (127u << 23)); // infinite from n = 128 on
+  const VF high = v > 88.37f ? VF{} + __builtin_inff() : polynomial(r, c) * power;
+  return v < -87.3f ? VF{} : high;
+}
+
+PELT_INLINE VD hyperbolic_tangent(VD v) {
+  return map(v, [](double x) __attribute__((always_inline)) { return __builtin_tanh(x); });
+}
+PELT_INLINE VF hyperbolic_tangent(VF v) {
+  constexpr float c[] = {-0.333333292f, 0.133327946f, -0.0538540703f, 0.0210100829f,
+                         -0.0061131928f};
+  const VF x = absolute(v), square = v * v;
+  const VF small = v + v * square * polynomial(square, c);
+  const VF e = exponential(x * -2.0f);
+  const VF large = with_sign_of((1.0f - e) / (1.0f + e), v);
+  return x < 0.625f ? small : large; // nan takes the second, which it passes through
+}
+
+// 1 - erf(|v|)
+PELT_INLINE VD upper_error(VD v) {
+  return map(
+      v, [](double x) __attribute__((always_inline)) { return __builtin_erfc(__builtin_fabs(x)); });
+}
+PELT_INLINE VF upper_error(VF v) {
+  constexpr float low[] = {1.12837917f,    -0.376126385f,    0.112837827f,   -0.0268654458f,
+                           0.00522107487f, -0.000848471138f, 0.00011270544f, -9.68013496e-06f};
+  constexpr float high[] = {-0.000178983552f, 1.12953574f,    0.633304575f,     0.108326965f,
+                            -0.0251499244f,   0.00418271288f, -0.000436880847f, 2.13053869e-05f};
+  const VF x = absolute(v);
+  const VF small = 1.0f - x * polynomial(x * x, low);
+  const VF large = exponential(-polynomial(x > 12.0f ? VF{} + 12.0f : x, high));
+  return x < 1.0f ? small : large;
+}
+
+// ---- activations ----
+
+template <class A>
+struct Act {
+  using V = typename Vec<A>::type;
+  static constexpr A kTanhScale = A(0.79788456080286536), kTanhCube = A(0.044715),
+                     kQuick = A(1.702), kSlope = A(0.01), kDensity = A(0.39894228040143268);
+
+  PELT_INLINE static V logistic(V q) { return A(1) / (A(1) + exponential(-q)); }
+
+  // Φ, the distribution function of the normal distribution
+  PELT_INLINE static V normal(V q) {
+    const V tail = A(0.5) * upper_error(q * A(0.70710678118654752));
+    return q < 0 ? tail : A(1) - tail;
+  }
+
+  // tanh(softplus(q)) = n / (n + 2) with n = e(e + 2), e = exp(q); 1 from q = 20 on
+  PELT_INLINE static V mish_factor(V q) {
+    const V e = exponential(q > A(20) ? V{} + A(20) : q), n = e * (e + A(2));
+    return n / (n + A(2));
+  }
+
+  template <Activation kind>
+  PELT_INLINE static V value(V q) {
+    if constexpr (kind == Activation::kRelu) return q < 0 ? V{} : q; // nan stays
+    if constexpr (kind == Activation::kGelu) return q * normal(q);
+    if constexpr (kind == Activation::kGeluTanh)
+      return q * A(0.5) * (A(1) + hyperbolic_tangent(kTanhScale * (q + kTanhCube * q * q * q)));
+    if constexpr (kind == Activation::kSilu) return q * logistic(q);
+    if constexpr (kind == Activation::kTanh) return hyperbolic_tangent(q);
+    if constexpr (kind == Activation::kSigmoid) return logistic(q);
+    if constexpr (kind == Activation::kLeakyRelu) return q < 0 ? q * kSlope : q;
+    if constexpr (kind == Activation::kQuickGelu) return q * logistic(q * kQuick);
+    if constexpr (kind == Activation::kRelu2) return q < 0 ? V{} : q * q;
+    if constexpr (kind == Activation::kRelu6) {
+      const V low = q < 0 ? V{} : q;
+      return low > A(6) ? V{} + A(6) : low;
+    }
+    if constexpr (kind == Activation::kMish) return q * mish_factor(q);
+    return q;
+  }
+
+  template <Activation kind>
+  PELT_INLINE static V derivative(V q) {
+    const V one = V{} + A(1), zero = V{};
+    // not q > 0: torch takes the slope of nan to be one
+    if constexpr (kind == Activation::kRelu) return q <= 0 ? zero : one;
+    if constexpr (kind == Activation::kGelu)
+      return normal(q) + q * (kDensity * exponential(q * q * A(-0.5)));
+    if constexpr (kind == Activation::kGeluTanh) {
+      const V t = hyperbolic_tangent(kTanhScale * (q + kTanhCube * q * q * q));
+      const V inner = kTanhScale * (A(1) + A(3) * kTanhCube * q * q);
+      return A(0.5) * (one + t) + A(0.5) * q * (one - t * t) * inner;
+    }
+    if constexpr (kind == Activation::kSilu) {
+      const V s = logistic(q);
+      return s * (one + q * (one - s));
+    }
+    if constexpr (kind == Activation::kTanh) {
+      const V t = hyperbolic_tangent(q);
+      return one - t * t;
+    }
+    if constexpr (kind == Activation::kSigmoid) {
+      const V s = logistic(q);
+      return s * (one - s);
+    }
+    if constexpr (kind == Activation::kLeakyRelu) return q > 0 ? one : V{} + kSlope;
+    if constexpr (kind == Activation::kQuickGelu) {
+      const V s = logistic(q * kQuick);
+      return s * (one + kQuick * q * (one - s));
+    }
+    if constexpr (kind == Activation::kRelu2) return q <= 0 ? zero : q * A(2);
+    if constexpr (kind == Activation::kRelu6) return q <= 0 ? zero : (q >= A(6) ? zero : one);
+    if constexpr (kind == Activation::kMish) {
+      const V t = mish_factor(q);
+      return t + q * logistic(q) * (one - t * t);
+    }
+    return one;
+  }
+
+  template <Activation kind>
+  static void forward(int64_t n, const A* q, A* out) {
+    for (int64_t i = 0; i < n; i += Vec<A>::N) store(out + i, value<kind>(load<V>(q + i)));
+  }
+  template <Activation kind>
+  static void backward(int64_t n, const A* q, A* da) {
+    for (int64_t i = 0; i < n; i += Vec<A>::N)
+      store(da + i, load<V>(da + i) * derivative<kind>(load<V>(q + i)));
+  }
+};
+
+#define PELT_EACH_ACTIVATION(run)         \
+  switch (kind) {                         \
+    case Activation::kRelu:               \
+      return run(Activation::kRelu);      \
+    case Activation::kGelu:               \
+      return run(Activation::kGelu);      \
+    case Activation::kGeluTanh:           \
+      return run(Activation::kGeluTanh);  \
+    case Activation::kSilu:               \
+      return run(Activation::kSilu);      \
+    case Activation::kTanh:               \
+      return run(Activation::kTanh);      \
+    case Activation::kSigmoid:            \
+      return run(Activation::kSigmoid);   \
+    case Activation::kLeakyRelu:          \
+      return run(Activation::kLeakyRelu); \
+    case Activation::kQuickGelu:          \
+      return run(Activation::kQuickGelu); \
+    case Activation::kRelu2:              \
+      return run(Activation::kRelu2);     \
+    case Activation::kRelu6:              \
+      return run(Activation::kRelu6);     \
+    case Activation::kMish:               \
+      return run(Activation::kMish);      \
+    case Activation::kLinear:             \
+      return run(Activation::kLinear);    \
+  }
+
+template <class A>
+void activate(Activation kind, int64_t n, const A* q, A* out) {
+#define PELT_RUN(name) Act<A>::template forward<name>(n, q, out)
+  PELT_EACH_ACTIVATION(PELT_RUN)
+#undef PELT_RUN
+}
+
+template <class A>
+void activate_backward(Activation kind, int64_t n, const A* q, A* da) {
+#define PELT_RUN(name) Act<A>::template backward<name>(n, q, da)
+  PELT_EACH_ACTIVATION(PELT_RUN)
+#undef PELT_RUN
+}
+
+template <class T>
+constexpr RowKernels<T> row_table() {
+  using A = Acc<T>;
+  return {row_add<T>,     row_add<A, A>,       row_affine<A>,
+          row_mask<A>,    row_add_product<A>,  row_dot<A>,
+          row_moments<A>, row_normalise<A>,    row_normalise_backward<A>,
+          activate<A>,    activate_backward<A>};
+}
