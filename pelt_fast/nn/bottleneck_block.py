@@ -20,7 +20,8 @@ With o = hidden_states, x = input_tensor, LN = layer_norm, u = dropout(scaling �
 ``functional.bottleneck_adapter`` computes post(u(pre(a [+ b])) [+ a] [+ b]) with at most one layernorm before and one
 after, so that one call is all of it for Pfeiffer, Houlsby and parallel adapters, with or without an LN. What is more
 than that goes through the modules around the call: an LN that is no plain ``nn.LayerNorm``, an input that a gate or
-a residual needs in memory, norm_after together with LN. Sums are rounded once where the library rounds each.
+a residual needs in memory, norm_after together with LN, tensors of different dtypes. Sums are rounded once where the
+library rounds each.
 """
 
 from __future__ import annotations
@@ -86,9 +87,6 @@ def bottleneck_block(
     """
     o, x = hidden_states, input_tensor
     _check_block(spec, x, layer_norm)
-    if x is not None and not _alike(o, x):
-        return _plain_block(spec, o, x, layer_norm, training)
-
     inputs, pre, residuals, total = _before(spec, o, x, layer_norm)
     outer = [x] if spec.original_ln_after and x is not None else []
     post = layer_norm if spec.original_ln_after else None
@@ -118,14 +116,10 @@ def bottleneck_core(
     Returns:
         (..., d).
     """
-    inside = spec.norm_after is None or spec.adapter_residual_before_ln
     if spec.is_parallel:
         return _adapter(spec, [x], spec.norm_before, [], spec.norm_after, training)
-    if inside and _alike(x, residual_input):
+    if spec.norm_after is None or spec.adapter_residual_before_ln:
         return _adapter(spec, [x], spec.norm_before, [residual_input], spec.norm_after, training)
-    if inside:
-        y = _adapter(spec, [x], spec.norm_before, [], None, training) + residual_input
-        return y if spec.norm_after is None else spec.norm_after(y)
     return _adapter(spec, [x], spec.norm_before, [], spec.norm_after, training) + residual_input
 
 
@@ -152,15 +146,20 @@ def resolve_activation(name: str) -> Activation:
     try:
         return functional.activation_name(name)
     except ValueError:
-        try:
-            from transformers.activations import get_activation
-
-            activation: Callable[[Tensor], Tensor] = get_activation(name.lower())
-        except (ImportError, KeyError):
-            activation = None  # type: ignore[assignment]
-        if activation is None:
+        found = _transformers_activation(name.lower())
+        if found is None:
             raise
-        return activation
+        return found
+
+
+def _transformers_activation(name: str) -> Callable[[Tensor], Tensor] | None:
+    try:
+        from transformers.activations import get_activation
+
+        found: Callable[[Tensor], Tensor] = get_activation(name)
+    except (ImportError, KeyError):
+        return None
+    return found
 
 
 def _check_block(spec: BottleneckSpec, x: Tensor | None, layer_norm: nn.Module | None) -> None:
@@ -192,7 +191,7 @@ def _before(
     if not spec.original_ln_before or layer_norm is None:
         return inputs, spec.norm_before, residuals if spec.residual_before_ln else inputs, None
     needed = spec.gate_weight is not None or spec.norm_before is not None
-    if spec.residual_before_ln and not needed and _fuses(layer_norm, o):
+    if spec.residual_before_ln and not needed:
         return inputs, layer_norm, residuals, None
     total = _sum(inputs)
     h = layer_norm(total)
@@ -207,10 +206,11 @@ def _adapter(
     post: nn.Module | None,
     training: bool,
 ) -> Tensor:
-    """post(u(pre(Σ inputs)) + Σ residuals): 1 or 2 inputs, all tensors alike."""
+    """post(u(pre(Σ inputs)) + Σ residuals) of 1 or 2 inputs, in one call and what does not fit it."""
     separate = pre is not None and not _fuses(pre, inputs[0])
+    fused_post = not separate if post is pre else post is None or _fuses(post, inputs[0])
     if len(inputs) == 2:
-        needed = separate or spec.gate_weight is not None
+        needed = separate or spec.gate_weight is not None or not _alike(*inputs)
         if needed or _without(residuals, inputs):
             total = _sum(inputs)
             inputs, residuals = [total], _folded(residuals, inputs, total)
@@ -221,7 +221,8 @@ def _adapter(
         gate = kept if gate is None else gate * kept
     if pre is not None and separate:
         x, pre = pre(x), None
-    fused_post = post is None or _fuses(post, x)
+    apart = [] if all(_alike(r, x) for r in residuals) else residuals
+    fused_post = fused_post and not apart
     y = functional.bottleneck_adapter(
         x,
         spec.down_weight,
@@ -231,44 +232,22 @@ def _adapter(
         activation=spec.activation,
         scaling=spec.scaling,
         gate=gate,
-        residual=residuals or None,
+        residual=None if apart or not residuals else residuals,
         skip=skip,
         dropout_p=spec.dropout,
         training=training,
         **_norm("pre_ln_", pre),
         **(_norm("ln_", post) if fused_post else {}),
     )
+    y = _sum([y, *apart])
     return y if post is None or fused_post else post(y)
 
 
-def _plain_block(
-    spec: BottleneckSpec,
-    o: Tensor,
-    x: Tensor,
-    layer_norm: nn.Module | None,
-    training: bool,
-) -> Tensor:
-    """``bottleneck_block`` over tensors that PyTorch has to broadcast or promote: the core is what is fused."""
-    h = r = o
-    if spec.is_parallel:
-        h = r = x
-    elif spec.original_ln_before:
-        h = o + x
-        r = h if spec.residual_before_ln == "post_add" else o
-        h = h if layer_norm is None else layer_norm(h)
-    if not spec.is_parallel and not spec.residual_before_ln:
-        r = h
-    y = bottleneck_core(spec, h, r, training)
-    if spec.is_parallel:
-        y = y + o
-    if not spec.original_ln_after:
-        return y
-    y = y + x
-    return y if layer_norm is None else layer_norm(y)
-
-
 def _alike(a: Tensor, b: Tensor) -> bool:
-    """Whether the fused call adds them; under autocast it promotes as PyTorch does."""
+    """Whether the fused call adds them; what else PyTorch broadcasts or promotes is added outside of it.
+
+    T5 keeps a projection in float32, and a residual stream may be wider. Under autocast the call itself promotes.
+    """
     return a.shape == b.shape and (a.dtype == b.dtype or torch.is_autocast_enabled(a.device.type))
 
 

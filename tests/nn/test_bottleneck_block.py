@@ -253,24 +253,45 @@ def test_a_layernorm_that_does_more_is_called(change, inputs):
         assert compare(config, layer_norm, inputs)
 
 
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm", "none"])
 @pytest.mark.parametrize("parallel", [False, True])
-def test_shapes_and_dtypes_that_pytorch_broadcasts_and_promotes(parallel):
+def test_shapes_and_dtypes_that_pytorch_broadcasts_and_promotes(parallel, norm):
     """T5 keeps one projection in fp32, and a residual stream may be wider than what is added to it."""
     torch.manual_seed(0)
     narrow, wide = torch.randn(2, 3, D), torch.randn(1, 3, D, dtype=torch.float64)
     inputs = (wide, narrow) if parallel else (narrow, wide)
-    for before, residual in itertools.product([False], [True, False]):
+    for after, residual in itertools.product([False, True], [False, True]):
         config = BnConfig(
             *(True, True, 2, "relu"),
             is_parallel=parallel,
-            original_ln_before=before,
+            ln_after=after,
+            adapter_residual_before_ln=True,
             residual_before_ln=residual,
         )
-        adapter, layer_norm = adapter_of(config, torch.float32), norm_of("layernorm")
+        adapter, layer_norm = adapter_of(config, torch.float32), norm_of(norm)
         expected = library_block(adapter, *inputs, layer_norm)
         actual = bottleneck_block(spec_of(adapter, config), *inputs, layer_norm, False)
         assert actual.dtype == expected.dtype == torch.float64
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sums_before_the_adapter_are_promoted():
+    torch.manual_seed(0)
+    o, x = torch.randn(2, 3, D), torch.randn(2, 3, D, dtype=torch.float64)
+    for norm, residual in itertools.product(["layernorm", "none"], [False, True]):
+        config = SeqBnConfig(residual_before_ln=residual)
+        adapter, layer_norm = adapter_of(config), norm_of(norm)
+        expected = library_block(adapter, o, x, layer_norm)
+        actual = bottleneck_block(spec_of(adapter, config), o, x, layer_norm, False)
+        torch.testing.assert_close(actual, expected)
+
+
+def test_core_adds_a_wider_residual():
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, 3, D), torch.randn(1, 3, D, dtype=torch.float64)
+    adapter = adapter_of(config := DoubleSeqBnConfig(), torch.float32)
+    actual = bottleneck_core(spec_of(adapter, config), x, residual, False)
+    torch.testing.assert_close(actual, adapter(x, residual)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_autocast_keeps_the_single_call(inputs):
