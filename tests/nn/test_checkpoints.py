@@ -1,6 +1,5 @@
 """Other packages' checkpoints: files that they wrote, their own numbers, and files that are broken."""
 
-import importlib.util
 import io
 import json
 import re
@@ -18,9 +17,6 @@ from pelt_fast.nn import BottleneckAdapter
 
 OPENDELTA = Path(__file__).parents[1] / "data" / "opendelta"
 D, M = 12, 4
-needs_library = pytest.mark.skipif(
-    importlib.util.find_spec("adapters") is None, reason="adapters is not installed"
-)
 
 
 def randomise(tensors):
@@ -268,6 +264,11 @@ def test_adapter_bert_names_are_those_of_transformers(variables):
 # ---- adapters
 
 
+@pytest.fixture
+def library():
+    return pytest.importorskip("adapters")
+
+
 def small_bert():
     from transformers import BertConfig
 
@@ -308,7 +309,7 @@ def check_layers(layers, theirs):
         torch.testing.assert_close(layer(o, x, norm), expected, rtol=1e-5, atol=1e-5)
 
 
-@needs_library
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("safe", [False, True], ids=["bin", "safetensors"])
 @pytest.mark.parametrize(
     "form", ["seq_bn", "double_seq_bn", "par_bn", "unipelt", "every flag", "layers"]
@@ -346,7 +347,7 @@ def test_folder_of_the_library(form, safe, tmp_path):
     assert load_other_parameters(tmp_path) == {}
 
 
-@needs_library
+@pytest.mark.usefixtures("library")
 def test_layernorm_before_has_two_names_in_the_file(tmp_path):
     from adapters import SeqBnConfig
     from transformers import BertModel
@@ -363,7 +364,7 @@ def test_layernorm_before_has_two_names_in_the_file(tmp_path):
     assert len(list(layer.parameters())) == 7
 
 
-@needs_library
+@pytest.mark.usefixtures("library")
 def test_union_of_different_places(tmp_path):
     """Each place has the config that is for it, also in T5, whose blocks number their places."""
     from adapters import BnConfig, ConfigUnion
@@ -388,7 +389,7 @@ def test_union_of_different_places(tmp_path):
         check_layers(layers, library_layers(model, "task"))
 
 
-@needs_library
+@pytest.mark.usefixtures("library")
 def test_weights_with_several_adapters_ask_for_a_name():
     from adapters import SeqBnConfig
     from transformers import BertModel
@@ -492,7 +493,7 @@ def test_parameters_that_the_config_does_not_have_are_named(folder):
         load_bottleneck_adapters(folder)
 
 
-@needs_library
+@pytest.mark.usefixtures("library")
 def test_compacter_of_the_library_is_refused(tmp_path):
     from transformers import BertModel
 
