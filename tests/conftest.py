@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 import pelt_fast
 from pelt_fast import functional as PF
 from pelt_fast.env import env
-from pelt_fast.testing import oracle
-from pelt_fast.testing.workloads import LoRAInputs
+from pelt_fast.testing import adapter_oracle, oracle
+from pelt_fast.testing.adapter_workloads import AdapterInputs
+from pelt_fast.testing.inputs import Inputs
 
 # cuBLAS is deterministic, as `poisoned_memory` demands, only with a workspace of its own.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -44,9 +46,9 @@ class Backend:
     name: str
     required: bool
 
-    def require(self, inputs: LoRAInputs) -> None:
+    def require(self, inputs: Inputs) -> None:
         explanation = pelt_fast.explain(
-            "lora_linear", *inputs.args, **inputs.kwargs, backend=self.name
+            inputs.operation, *inputs.args, **inputs.kwargs, backend=self.name
         )
         # Without the line that names the problem, so that pytest folds equal reasons into one.
         reasons = {
@@ -57,14 +59,17 @@ class Backend:
         if reasons:
             (pytest.fail if self.required else pytest.skip)(f"{self.name}: {' '.join(reasons)}")
 
-    def __call__(self, inputs: LoRAInputs) -> Tensor:
+    def __call__(self, inputs: Inputs) -> Tensor:
         self.require(inputs)
-        return PF.lora_linear(*inputs.args, **inputs.kwargs, backend=self.name)
+        function = getattr(PF, inputs.operation)
+        return function(*inputs.args, **inputs.kwargs, backend=self.name)
 
     def run(
-        self, inputs: LoRAInputs, wanted: Iterable[str] | None = None, seed: int = 0
-    ) -> tuple[oracle.Results, oracle.Masks]:
-        """y and the gradients by name, and the dropout masks that the call drew."""
+        self, inputs: Inputs, wanted: Iterable[str] | None = None, seed: int = 0
+    ) -> tuple[oracle.Results, Any]:
+        """y and the gradients by name, and the dropout mask or masks that the call drew."""
+        if isinstance(inputs, AdapterInputs):
+            return adapter_oracle.run_with_mask(self, inputs, wanted, seed)
         return oracle.run_with_masks(self, inputs, wanted, seed)
 
 

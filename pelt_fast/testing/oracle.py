@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from .. import reference
 from ..random import new_seed, philox_mask
+from .inputs import Inputs
 from .workloads import LoRAInputs
 
+AnyInputs = TypeVar("AnyInputs", bound=Inputs)
 Results = dict[str, Tensor]
 Masks = Sequence[Tensor | None]
 
@@ -40,14 +43,14 @@ def as_rows(inputs: LoRAInputs) -> LoRAInputs:
     )
 
 
-def trained(inputs: LoRAInputs) -> list[str]:
+def trained(inputs: Inputs) -> list[str]:
     """Names of everything that gets a gradient when only the base weight is frozen."""
     return [name for name, _ in inputs.named_tensors() if name not in ("weight", "dy")]
 
 
 def run(
-    function: Callable[[LoRAInputs], Tensor],
-    inputs: LoRAInputs,
+    function: Callable[[AnyInputs], Tensor],
+    inputs: AnyInputs,
     wanted: Iterable[str] | None = None,
 ) -> Results:
     """Runs ``function`` forward and backward; ``wanted`` names the gradients (default: `trained`)."""

@@ -34,7 +34,10 @@ from torch import Tensor
 
 from ..random import keep_scale
 from . import oracle
+from .inputs import Inputs
 from .workloads import LoRAInputs
+
+Bounds = dict[str, tuple[Tensor, Tensor]]  # of each element, for the largest error and for the mean
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,13 @@ def deviations(actual: oracle.Results, inputs: LoRAInputs, keep: oracle.Masks) -
     wanted = [name for name in actual if name != "y"]
     exact = oracle.exact(inputs, keep, wanted)
     eager = oracle.eager(inputs, keep, wanted)
-    bounds = _bounds(exact, inputs, keep, wanted)
+    return compare(actual, exact, eager, _bounds(exact, inputs, keep, wanted))
+
+
+def compare(
+    actual: oracle.Results, exact: oracle.Results, eager: oracle.Results, bounds: Bounds
+) -> list[Deviation]:
+    """The errors of ``actual`` and of ``eager``, set side by side."""
     found = []
     for name, value in actual.items():
         if value.numel() == 0:
@@ -88,19 +97,29 @@ def deviations(actual: oracle.Results, inputs: LoRAInputs, keep: oracle.Masks) -
 
 def assert_accurate(actual: oracle.Results, inputs: LoRAInputs, keep: oracle.Masks) -> None:
     """Raises AssertionError when a result has the wrong size, the wrong dtype or too large an error."""
+    assert_forms(actual, inputs)
+    assert_all_ok(deviations(actual, inputs, keep))
+
+
+def assert_forms(actual: oracle.Results, inputs: Inputs) -> None:
+    """Raises AssertionError when a result has the wrong size or the wrong dtype."""
     expected = {"y": (inputs.dy.shape, inputs.x.dtype)}
     expected.update({name: (t.shape, t.dtype) for name, t in inputs.named_tensors()})
     for name, value in actual.items():
         shape, dtype = expected[name]
         assert value.shape == shape, f"{name}: shape {tuple(value.shape)}, expected {tuple(shape)}"
         assert value.dtype == dtype, f"{name}: {value.dtype}, expected {dtype}"
-    wrong = [str(d) for d in deviations(actual, inputs, keep) if not d.ok]
+
+
+def assert_all_ok(found: Iterable[Deviation]) -> None:
+    """Raises AssertionError with every deviation that is too large."""
+    wrong = [str(d) for d in found if not d.ok]
     assert not wrong, "\n".join(wrong)
 
 
 def _bounds(
     exact: oracle.Results, inputs: LoRAInputs, keep: oracle.Masks, wanted: Iterable[str]
-) -> dict[str, tuple[Tensor, Tensor]]:
+) -> Bounds:
     """Per result the bound of each element's error, for the largest error and for the mean."""
     dtype = inputs.x.dtype
     roundoff = torch.finfo(dtype).eps / 2

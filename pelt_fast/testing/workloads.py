@@ -8,14 +8,29 @@ zero that LoRA starts from, the gradient of `lora_a` vanishes and any backward l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-LAYOUTS = ("contiguous", "sliced", "strided_rows", "transposed", "permuted", "expanded", "constant")
+from . import inputs
+from .inputs import LAYOUTS, Inputs
+
+__all__ = [
+    "ADAPTERS",
+    "CASES",
+    "DROPOUT",
+    "FP16_OVERFLOW",
+    "LAYOUTS",
+    "MIXED_DTYPE",
+    "RANKS",
+    "SHAPES",
+    "STRIDES",
+    "Adapter",
+    "Case",
+    "LoRAInputs",
+]
 
 
 @dataclass(frozen=True)
@@ -29,10 +44,10 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class LoRAInputs:
+class LoRAInputs(Inputs):
     """The tensors of one `lora_linear` call, and the gradient that comes back to it."""
 
-    x: Tensor
+    operation = "lora_linear"
     weight: Tensor
     bias: Tensor | None
     lora_a: tuple[Tensor, ...]
@@ -40,7 +55,6 @@ class LoRAInputs:
     lora_bias: tuple[Tensor | None, ...]
     scaling: tuple[float, ...]
     dropout_p: tuple[float, ...]
-    dy: Tensor
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -55,31 +69,6 @@ class LoRAInputs:
             "dropout_p": self.dropout_p,
             "training": any(self.dropout_p),
         }
-
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor argument as (name, tensor); members of a sequence are called ``lora_a.0``."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            members = (
-                [(f"{field.name}.{i}", v) for i, v in enumerate(value)]
-                if isinstance(value, tuple)
-                else [(field.name, value)]
-            )
-            yield from ((name, member) for name, member in members if isinstance(member, Tensor))
-
-    def map(self, function: Callable[[str, Tensor], Tensor]) -> LoRAInputs:
-        """A copy in which every tensor is ``function(name, tensor)``."""
-        new: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                new[field.name] = function(field.name, value)
-            elif isinstance(value, tuple):
-                new[field.name] = tuple(
-                    function(f"{field.name}.{i}", v) if isinstance(v, Tensor) else v
-                    for i, v in enumerate(value)
-                )
-        return replace(self, **new)
 
 
 @dataclass(frozen=True)
@@ -121,7 +110,7 @@ class Case:
         def draw(
             *shape: int, std: float = 1.0, layout: str = "contiguous", dtype: torch.dtype = dtype
         ) -> Tensor:
-            return _draw(shape, std, layout, dtype, device, generator)
+            return inputs.draw(shape, std, layout, dtype, device, generator)
 
         adapter_dtype = self.adapter_dtype or dtype
         n_in, n_out = self.in_features, self.out_features
@@ -141,38 +130,6 @@ class Case:
             dropout_p=tuple(a.dropout_p for a in self.adapters),
             dy=draw(*self.shape, n_out, layout=self.dy_layout),
         )
-
-
-def _draw(
-    shape: tuple[int, ...],
-    std: float,
-    layout: str,
-    dtype: torch.dtype,
-    device: str | torch.device,
-    generator: torch.Generator,
-) -> Tensor:
-    """Normal numbers of this shape behind the strides that ``layout`` names."""
-
-    def randn(*size: int) -> Tensor:
-        # Moved before it is viewed: a move does not keep strides.
-        return (torch.randn(size, dtype=dtype, generator=generator) * std).to(device)
-
-    *rows, columns = shape
-    if layout == "contiguous":
-        return randn(*shape)
-    if layout == "sliced":  # rows further apart than they are long, first element off any alignment
-        return randn(*rows, columns + 5)[..., 1 : columns + 1]
-    if layout == "strided_rows":
-        return randn(*rows[:-1], 2 * rows[-1], columns)[..., ::2, :]
-    if layout == "transposed":  # last stride is not 1
-        return randn(columns, *rows).movedim(0, -1)
-    if layout == "permuted":  # leading dimensions that no single stride describes
-        return randn(*rows[::-1], columns).permute(*range(len(rows))[::-1], len(rows))
-    if layout == "expanded":  # every row is the same memory
-        return randn(columns).expand(shape)
-    if layout == "constant":  # what ``y.sum().backward()`` sends: one number, all strides 0
-        return randn(1).expand(shape)
-    raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
 
 
 def _adapters(*ranks: int, **fields: Any) -> tuple[Adapter, ...]:

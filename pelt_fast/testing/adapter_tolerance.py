@@ -1,0 +1,176 @@
+"""How far from the oracle a bottleneck adapter may be: never a constant, always a consequence of dtypes and shapes.
+
+As in `tolerance.py` a result passes when, against the fp64 oracle,
+
+    error <= 2 · (error of the eager composition in the same dtypes) + bound
+
+for the largest error and for the mean. There the bound comes from sums of squares, which holds for what is bilinear;
+here activations and layernorms are between the sums. So the oracle is run ``DRAWS`` times in Monte Carlo arithmetic
+(`perturbation.py`): as a good kernel runs, whose errors are
+
+- one roundoff u of x's dtype in v, q, a and w, which go into a product or come out of one, in the gradient
+  of each, and in parameters wider than x;
+- the accumulation of each sum: the products, the statistics of layernorms, the gradients of what is broadcast.
+
+What these errors do to a result, at each element, is the root mean square R over the draws of its distance from the
+oracle. With u the roundoff of the result's dtype the bound is, element by element, the sum of
+
+1. ``u · |result|``: the one rounding of the result;
+2. ``c · R``. A rounding errs uniformly within ±u, with standard deviation u/√3; the draws have ±u, which is √3 more.
+   The largest of up to 10⁵ normal numbers is 4.5 deviations away, 4.5/√3 = 2.6 of R, so c = 3; the mean size is 0.8
+   deviations, 0.46 of R, so c = 1. What is more than needed is for R, which is itself drawn: of 8 draws it is
+   below 0.6 of its expectation once in 40 elements, and the largest of many is not.
+3. ``|result' - result|``, where result' has the derivative of the activation from the other side of a kink (relu,
+   leaky_relu, relu6) for every q within 4 R of it. There a gradient jumps: no error of q that rounding explains is too
+   small to change it, and R knows the jump only if a draw happened to cross.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Set
+
+import torch
+from torch import Tensor
+
+from ..random import keep_scale
+from ..reference.adapter import ACTIVATIONS
+from . import adapter_oracle, tolerance
+from .adapter_workloads import AdapterInputs
+from .oracle import Results, run
+from .perturbation import Perturbation, roundoff, smallest_step
+
+DRAWS = 8
+KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "relu6": (0.0, 6.0)}
+
+
+def deviations(
+    actual: Results, inputs: AdapterInputs, keep: Tensor | None
+) -> list[tolerance.Deviation]:
+    """Compares results by name, ``y`` and gradients in any shape of the right size, with the oracle."""
+    wanted = [name for name in actual if name != "y"]
+    return tolerance.compare(actual, *yardsticks(inputs, keep, wanted))
+
+
+def yardsticks(
+    inputs: AdapterInputs, keep: Tensor | None, wanted: Iterable[str] | None = None
+) -> tuple[Results, Results, tolerance.Bounds]:
+    """What `tolerance.compare` compares with: the oracle, eager, the bounds. For who has several results to compare."""
+    exact = adapter_oracle.exact(inputs, keep, wanted)
+    eager = adapter_oracle.eager(inputs, keep, wanted)
+    return exact, eager, bounds(exact, inputs, keep)
+
+
+def assert_accurate(actual: Results, inputs: AdapterInputs, keep: Tensor | None) -> None:
+    """Raises AssertionError when a result has the wrong size, the wrong dtype or too large an error."""
+    tolerance.assert_forms(actual, inputs)
+    tolerance.assert_all_ok(deviations(actual, inputs, keep))
+
+
+def bounds(exact: Results, inputs: AdapterInputs, keep: Tensor | None) -> tolerance.Bounds:
+    """Per result the bound of each element's error, for the largest error and for the mean."""
+    wanted = [name for name in exact if name != "y"]
+    wide = inputs.map(lambda _, t: t.detach().double())
+    widened = {name for name, t in inputs.named_tensors() if t.dtype != inputs.x.dtype}
+    oracle = _Model(Perturbation(), keep)
+    oracle(_copies(wide, 1))
+    at_once = DRAWS if wide.x.numel() < 2**16 else 1  # memory
+    squares = {name: torch.zeros_like(value) for name, value in exact.items()}
+    squares_of_q = torch.zeros_like(oracle.q[0])
+    for seed in range(0, DRAWS, at_once):
+        model = _Model(Perturbation(inputs.x.dtype, seed), keep, widened)
+        for name, draws in run(model, _copies(wide, at_once), wanted).items():
+            squares[name] += (draws - exact[name]).square().sum(0) / DRAWS
+        squares_of_q += (model.q - oracle.q).square().sum(0) / DRAWS
+    rms = {name: value.sqrt() for name, value in squares.items()}
+    jumps = _jumps(exact, wide, keep, oracle.q[0], 4 * squares_of_q.sqrt())
+    dtypes = {"y": inputs.x.dtype, **{name: t.dtype for name, t in inputs.named_tensors()}}
+    found = {}
+    for name, value in exact.items():
+        once = roundoff(dtypes[name]) * value.abs() + smallest_step(dtypes[name]) + jumps[name]
+        found[name] = (once + 3 * rms[name], once + rms[name])
+    return found
+
+
+def _jumps(
+    exact: Results, wide: AdapterInputs, keep: Tensor | None, q: Tensor, reach: Tensor
+) -> Results:
+    """What changes when every q within ``reach`` of a kink has the derivative of the other side."""
+    other_side = q
+    for kink in KINKS.get(wide.activation, ()):
+        other_side = torch.where((q - kink).abs() < reach, 2 * kink - q, other_side)
+    if torch.equal(other_side, q):
+        return {name: torch.zeros_like(value) for name, value in exact.items()}
+    model = _Model(Perturbation(), keep, other_side=other_side)
+    changed = run(model, _copies(wide, 1), [name for name in exact if name != "y"])
+    return {name: (value[0] - exact[name]).abs() for name, value in changed.items()}
+
+
+def _copies(inputs: AdapterInputs, n: int) -> AdapterInputs:
+    """One copy of every tensor for each draw, along a new first dimension."""
+    return inputs.map(lambda _, t: t.expand(n, *t.shape))
+
+
+class _Model:
+    """`reference.bottleneck_adapter` in Monte Carlo arithmetic, on `_copies`; keeps q of the last call."""
+
+    q: Tensor
+
+    def __init__(
+        self,
+        errors: Perturbation,
+        keep: Tensor | None,
+        widened: Set[str] = frozenset(),
+        other_side: Tensor | None = None,
+    ) -> None:
+        self.errors, self.keep, self.widened = errors, keep, widened
+        self.other_side = other_side  # where the derivative of the activation is taken, if not at q
+
+    def __call__(self, copies: AdapterInputs) -> Tensor:
+        e, s = self.errors, copies.map(self.narrowed)
+        n, d = len(s.x), s.x.shape[-1]
+        tokens = math.prod(s.x.shape[1:-1])
+        x = s.x.reshape(n, tokens, d)
+        skip = None if s.skip is None else s.skip.reshape(n, tokens, d)
+        v = x + skip if s.skip_in and skip is not None else x
+        if s.pre_weight is not None:
+            v = self.layernorm(v, s.pre_weight, s.pre_bias, s.pre_eps)
+        q = self.linear(e.rounded(v), s.down, s.down_bias)
+        self.q = q.detach()
+        w = s.scaling * self.linear(e.rounded(self.activate(q, s.activation)), s.up, s.up_bias)
+        if s.scale is not None:
+            one = s.scale.shape[1] == 1
+            w = w * e.rows(e.columns(s.scale[:, None], d)[:, 0] if one else s.scale, tokens)
+        if self.keep is not None:
+            w = w * self.keep * keep_scale(s.dropout_p)
+        if s.gate is not None:
+            gate = s.gate.expand(*s.x.shape[:-1], 1).reshape(n, tokens, 1)
+            w = w * e.columns(e.rounded(gate), d)
+        y = w + x if s.residual_x else w
+        y = y + skip if s.residual_skip and skip is not None else y
+        if s.ln_weight is not None:
+            y = self.layernorm(y, s.ln_weight, s.ln_bias, s.eps)
+        return y.reshape(s.x.shape)
+
+    def narrowed(self, name: str, tensor: Tensor) -> Tensor:
+        return self.errors.rounded(tensor) if name in self.widened else tensor
+
+    def activate(self, q: Tensor, name: str) -> Tensor:
+        a = ACTIVATIONS[name](q)
+        if self.other_side is None:
+            return a
+        elsewhere = ACTIVATIONS[name](q + (self.other_side - q).detach())
+        return elsewhere + (a - elsewhere).detach()
+
+    def linear(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        result = self.errors.product(a, weight)
+        if bias is not None:
+            result = result + self.errors.rows(bias, a.shape[1])
+        return self.errors.rounded(result)
+
+    def layernorm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        e, (_, tokens, d) = self.errors, x.shape
+        centred = x - e.columns(e.mean(x), d)
+        deviation = torch.sqrt(e.mean(centred.square()) + eps)
+        normal = centred * e.columns(1 / deviation, d) * e.rows(weight, tokens)
+        return normal if bias is None else normal + e.rows(bias, tokens)
