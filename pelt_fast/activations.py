@@ -100,7 +100,7 @@ def derivative(q: Tensor, name: str) -> Tensor:
         s = torch.sigmoid(q)
         return s * (1 - s)
     if name == "leaky_relu":
-        return torch.where(q > 0, 1.0, _SLOPE).to(q.dtype)
+        return torch.where(q > 0, torch.ones_like(q), _SLOPE)  # of two numbers it would be fp32
     if name == "relu2":
         return 2 * torch.relu(q)
     if name == "relu6":
