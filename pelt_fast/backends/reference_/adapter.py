@@ -49,9 +49,10 @@ def bottleneck_adapter_fwd(
     residual_skip: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """y (T, d), q (T, m), and mean and reciprocal deviation (T, 2) of each layernorm."""
-    dtype = x.dtype
+    dtype, wide = x.dtype, _wide(x.dtype)
+    x, skip = x.to(wide), None if skip is None else skip.to(wide)
     tensors = (down, down_bias, up, up_bias, scale, gate, pre_weight, pre_bias, ln_weight, ln_bias)
-    cast = [None if t is None else t.to(dtype) for t in tensors]
+    cast = [None if t is None else t.to(wide) for t in tensors]
     factors = (activation, scaling, dropout_p, seed, skip_in, residual_x, residual_skip)
     y = _formula(x, skip, cast, *factors, pre_eps, eps)
     # the same without the last layernorm is what its statistics are of
@@ -59,11 +60,11 @@ def bottleneck_adapter_fwd(
     v = z = x + skip if skip_in and skip is not None else x
     if cast[6] is not None:
         v = layernorm(z, cast[6], cast[7], pre_eps)
-    q = v @ down.to(dtype).T
+    q = v @ down.to(wide).T
     q = q if cast[1] is None else q + cast[1]
     return (
-        y,
-        q,
+        y.to(dtype),
+        q.to(dtype),
         None if pre_weight is None else _statistics(z, pre_eps),
         None if ln_weight is None else _statistics(s, eps),
     )
@@ -97,16 +98,17 @@ def bottleneck_adapter_bwd(
     residual_skip: bool,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients by autograd of the formula, in x's dtype and then in the parameter's."""
+    """Gradients by autograd of the formula, each in the dtype of what it is of."""
     owners = [x, skip, down, down_bias, up, up_bias, scale, gate]
     owners += [pre_weight, pre_bias, ln_weight, ln_bias]
-    leaves = [None if t is None else t.detach().to(x.dtype).requires_grad_() for t in owners]
+    wide = _wide(x.dtype)
+    leaves = [None if t is None else t.detach().to(wide).requires_grad_() for t in owners]
     with torch.enable_grad():
         factors = (activation, scaling, dropout_p, seed, skip_in, residual_x, residual_skip)
         assert leaves[0] is not None
         y = _formula(leaves[0], leaves[1], leaves[2:], *factors, pre_eps, eps)
     wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need and leaf is not None]
-    found = iter(torch.autograd.grad(y, wanted, dy) if wanted else ())
+    found = iter(torch.autograd.grad(y, wanted, dy.to(wide)) if wanted else ())
     return [
         next(found).to(owner.dtype) if need and owner is not None else None
         for owner, need in zip(owners, needs, strict=True)
@@ -159,4 +161,9 @@ def _formula(
 def _statistics(x: Tensor, eps: float) -> Tensor:
     mean = x.mean(-1, keepdim=True)
     rstd = torch.rsqrt((x - mean).square().mean(-1, keepdim=True) + eps)
-    return torch.cat((mean, rstd), 1).to(torch.promote_types(x.dtype, torch.float32))
+    return torch.cat((mean, rstd), 1)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in: a layernorm of which every step is rounded to a half overflows, or is of no use."""
+    return torch.promote_types(dtype, torch.float32)
