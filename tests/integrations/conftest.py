@@ -1,4 +1,7 @@
-"""Real transformers models, tiny, with LoRA by PEFT; B is random, as a zero B makes dA zero."""
+"""Real transformers models, tiny; with LoRA by PEFT, whose B is random, as a zero B makes dA zero.
+
+``adapters_models.py`` puts bottleneck adapters into the same models.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,9 @@ from torch import Tensor, nn
 import pelt_fast
 from pelt_fast.integrations import peft as integration
 
+from .parity import assert_equal_but_for_rounding, rounding_of
+
 VOCABULARY = 61
-LONGEST_SUM = 128  # the feature and token counts of the models are below
 
 
 def _bert() -> nn.Module:
@@ -97,6 +101,19 @@ def _llama() -> nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
+def _qwen2() -> nn.Module:
+    config = transformers.Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+    )
+    return transformers.Qwen2ForCausalLM(config)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """How to build a model, where its LoRA goes, and how many of its layers that makes."""
@@ -133,6 +150,7 @@ ARCHITECTURES = {
             ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
             14,
         ),
+        Architecture("qwen2", _qwen2, ("q_proj", "v_proj"), 4),
     )
 }
 
@@ -145,31 +163,6 @@ def randomize_lora(model: nn.Module, seed: int = 1) -> None:
             if ".lora_A." in name or ".lora_B." in name:
                 std = (1.0 if ".lora_A." in name else 0.1) / math.sqrt(parameter.shape[-1])
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-
-
-def rounding_of(dtype: torch.dtype, layers: int) -> float:
-    """How far apart two ways to compute the same may be, relative to its size: u · √(3L) + a · √(LK).
-
-    u is the unit roundoff of the dtype that is computed in, a that of fp32, L the LoRA layers, K the
-    longest sum in them. In each layer the three operands of the adapter path (A, B, the rank-r
-    intermediate) are rounded to that dtype, which PEFT's float32 adapters over a half-precision base
-    leave alone, and sums of K terms run in another order. The errors of the layers are independent
-    and add up by squares.
-    """
-    operands = torch.finfo(dtype).eps / 2 * math.sqrt(3 * layers)
-    return operands + torch.finfo(torch.float32).eps / 2 * math.sqrt(layers * LONGEST_SUM)
-
-
-def assert_equal_but_for_rounding(
-    actual: Tensor, expected: Tensor, name: str = "result", layers: int = 14
-) -> None:
-    assert actual.dtype is expected.dtype
-    assert actual.shape == expected.shape
-    error = torch.linalg.vector_norm((actual - expected).double()).item()
-    allowed = (
-        rounding_of(expected.dtype, layers) * torch.linalg.vector_norm(expected.double()).item()
-    )
-    assert error <= allowed, f"{name}: {error:.3g}, allowed {allowed:.3g}"
 
 
 @pytest.fixture(scope="session")
@@ -238,6 +231,23 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 @pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls that accelerated bottleneck layers have served themselves so far: "block" or "core"."""
+    from pelt_fast.integrations import adapters as integration
+
+    calls: list[str] = []
+    for kind in ("block", "core"):
+        original = getattr(integration, f"bottleneck_{kind}")
+
+        def spy(*args: Any, _original: Any = original, _kind: str = kind, **kwargs: Any) -> Tensor:
+            calls.append(_kind)
+            return _original(*args, **kwargs)
+
+        monkeypatch.setattr(integration, f"bottleneck_{kind}", spy)
+    return calls
+
+
+@pytest.fixture
 def accelerated() -> Callable[[nn.Module], nn.Module]:
     """An accelerated copy of a model."""
 
@@ -250,8 +260,11 @@ def accelerated() -> Callable[[nn.Module], nn.Module]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # PEFT calls what transformers 5 has deprecated
-    mark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*")
+    # PEFT and adapters call what transformers has deprecated
+    mark = pytest.mark.filterwarnings(
+        "ignore::FutureWarning:transformers.*",
+        "ignore:.past_key_value. is deprecated:FutureWarning:torch.*",
+    )
     for item in items:
         if item.path.parent == Path(__file__).parent:
             item.add_marker(mark)

@@ -1,133 +1,29 @@
-"""An accelerated model computes what PEFT computes, as accurately: outputs, gradients, steps.
-
-Judge is the same PEFT model in fp64. Per tensor, for the norm of the error and its largest element,
-both relative to those of the tensor:
-
-    our error <= 2 · PEFT's error + u · √(3L) + a · √(LK)
-
-where PEFT's error is the one in that tensor or the median of those in all tensors, whichever is
-larger: in one tensor of a hundred PEFT is lucky, and luck is no yardstick. The rest is `rounding` in
-conftest.py.
-"""
+"""An accelerated PEFT model computes what PEFT computes, as accurately: see parity.py."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
 import math
-import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from .parity import (
+    AUTOCAST,
+    BF16,
+    FP32,
+    PRECISIONS,
+    Precision,
+    assert_as_accurate,
+    one_step,
+    three_steps,
+)
 
 ARCHITECTURES = ["bert", "roberta", "t5", "gpt2", "llama"]
 
-Results = dict[str, Tensor]
 Accelerated = Callable[[nn.Module], nn.Module]
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Dtype of the base weights, of the adapters, and whether autocast is on."""
-
-    name: str
-    weights: torch.dtype
-    adapters_fp32: bool = True
-    autocast: bool = False
-
-    @property
-    def computed(self) -> torch.dtype:
-        return torch.bfloat16 if self.autocast else self.weights
-
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            yield
-
-
-FP32 = Precision("fp32", torch.float32)
-BF16 = Precision("bf16", torch.bfloat16)
-AUTOCAST = Precision("autocast", torch.float32, autocast=True)
-PRECISIONS = [
-    FP32,
-    BF16,
-    Precision("bf16-adapters-too", torch.bfloat16, adapters_fp32=False),
-    AUTOCAST,
-    Precision("autocast-bf16-base", torch.bfloat16, autocast=True),
-]
-
-
-def gradients(model: nn.Module) -> Results:
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def one_step(model: nn.Module, batch: dict[str, Tensor]) -> Results:
-    """Loss, logits, and the gradient of everything that trains."""
-    model.zero_grad(set_to_none=True)
-    output = model(**batch)
-    output.loss.backward()
-    return {"loss": output.loss.detach(), "logits": output.logits.detach(), **gradients(model)}
-
-
-def three_steps(model: nn.Module, batches: list[dict[str, Tensor]]) -> Results:
-    """The loss of each step, and how far each parameter has moved."""
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    start = {name: parameter.detach().clone() for name, parameter in trained.items()}
-    optimizer = torch.optim.SGD(trained.values(), lr=0.1, momentum=0.9)
-    results = {}
-    for index, batch in enumerate(batches):
-        optimizer.zero_grad()
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        results[f"loss.{index}"] = loss.detach()
-    results.update({name: p.detach() - start[name] for name, p in trained.items()})
-    return results
-
-
-@pytest.fixture
-def assert_as_accurate(rounding: Callable[[torch.dtype, int], float]) -> Callable[..., None]:
-    """assert_as_accurate(ours, theirs, exact, dtype, layers)"""
-    return functools.partial(_assert_as_accurate, rounding)
-
-
-def _assert_as_accurate(
-    rounding: Callable[[torch.dtype, int], float],
-    ours: Results,
-    theirs: Results,
-    exact: Results,
-    dtype: torch.dtype,
-    layers: int,
-) -> None:
-    assert ours.keys() == theirs.keys() == exact.keys()
-    slack = rounding(dtype, layers)
-    wrong = []
-    for measure in (torch.linalg.vector_norm, _largest):
-        peers = {name: relative_error(theirs[name], exact[name], measure) for name in exact}
-        typical = statistics.median(peers.values())
-        for name in exact:
-            assert ours[name].dtype is theirs[name].dtype, name
-            error = relative_error(ours[name], exact[name], measure)
-            allowed = 2 * max(peers[name], typical) + slack
-            if not error <= allowed:
-                wrong.append(f"{name}: {error:.3g}, allowed {allowed:.3g}")
-    assert not wrong, "\n".join(wrong)
-
-
-def relative_error(actual: Tensor, exact: Tensor, measure: Callable[[Tensor], Tensor]) -> float:
-    assert actual.shape == exact.shape
-    exact = exact.double()
-    size = measure(exact).item()
-    error = measure(actual.double() - exact).item()
-    return error / size if size else error
-
-
-def _largest(tensor: Tensor) -> Tensor:
-    return tensor.abs().max()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: p.name)
@@ -139,7 +35,6 @@ def test_outputs_and_every_gradient(
     architectures,
     accelerated: Accelerated,
     served,
-    assert_as_accurate,
 ) -> None:
     arch = architectures[name]
     plain = make(name, precision.weights, precision.adapters_fp32)
@@ -161,7 +56,6 @@ def test_three_optimizer_steps(
     make,
     architectures,
     accelerated: Accelerated,
-    assert_as_accurate,
 ) -> None:
     arch = architectures[name]
     plain = make(name, precision.weights, precision.adapters_fp32)
@@ -197,7 +91,6 @@ def test_configurations(
     architectures,
     accelerated: Accelerated,
     served,
-    assert_as_accurate,
 ) -> None:
     arch = architectures["bert"]
     plain = make("bert", precision.weights, **options)
@@ -220,7 +113,6 @@ def test_two_active_adapters_are_summed(
     architectures,
     accelerated: Accelerated,
     served,
-    assert_as_accurate,
 ) -> None:
     import peft
 
@@ -266,9 +158,7 @@ def test_gradient_checkpointing_changes_nothing(
         assert_same(recomputed[key], value, key, arch.layers)
 
 
-def test_checkpointing_under_autocast(
-    make, architectures, accelerated: Accelerated, assert_as_accurate
-) -> None:
+def test_checkpointing_under_autocast(make, architectures, accelerated: Accelerated) -> None:
     arch, precision = architectures["bert"], AUTOCAST
     plain = make("bert")
     fast = accelerated(plain)
