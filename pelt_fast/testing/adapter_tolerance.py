@@ -13,16 +13,17 @@ here activations and layernorms are between the sums. So the oracle is run ``DRA
 - the accumulation of each sum: the products, the statistics of layernorms, the gradients of what is broadcast.
 
 What these errors do to a result, at each element, is the root mean square R over the draws of its distance from the
-oracle. With u the roundoff of the result's dtype the bound is, element by element, the sum of
+oracle. With u the roundoff of the result's dtype and N its size, the bound is, element by element, the sum of
 
-1. ``u · |result|``: the one rounding of the result;
-2. ``c · R``. A rounding errs uniformly within ±u, with standard deviation u/√3; the draws have ±u, which is √3 more.
-   The largest of up to 10⁵ normal numbers is 4.5 deviations away, 4.5/√3 = 2.6 of R, so c = 3; the mean size is 0.8
-   deviations, 0.46 of R, so c = 1. What is more than needed is for R, which is itself drawn: of 8 draws it is
-   below 0.6 of its expectation once in 40 elements, and the largest of many is not.
+1. ``u · |result|`` for the largest error: the one rounding of the result. It is uniform, so half of that is its mean,
+   and of few elements ``(1 + 1/√N) / 2`` of it.
+2. ``4.5 · R`` for the largest error: the largest of up to 10⁵ normal numbers is 4.5 deviations away. Their mean size is
+   0.8 deviations, and 0.6/√N is the deviation of that; ``(1 + 3.5/√N) · R`` for the mean error is both, and for one
+   element what the largest error is allowed.
 3. ``|result' - result|``, where result' has the derivative of the activation from the other side of a kink (relu,
-   leaky_relu, relu6) for every q within 4 R of it. There a gradient jumps: no error of q that rounding explains is too
-   small to change it, and R knows the jump only if a draw happened to cross.
+   leaky_relu, relu6) for every q within 4.5 R of it. There a gradient jumps, and R knows of
+   it only if a draw happened to cross. So relu's gradients tell little where q is rounded much; what is smooth, and
+   fp32, tell the rest.
 """
 
 from __future__ import annotations
@@ -83,12 +84,16 @@ def bounds(exact: Results, inputs: AdapterInputs, keep: Tensor | None) -> tolera
             squares[name] += (draws - exact[name]).square().sum(0) / DRAWS
         squares_of_q += (model.q - oracle.q).square().sum(0) / DRAWS
     rms = {name: value.sqrt() for name, value in squares.items()}
-    jumps = _jumps(exact, wide, keep, oracle.q[0], 4 * squares_of_q.sqrt())
+    jumps = _jumps(exact, wide, keep, oracle.q[0], 4.5 * squares_of_q.sqrt())
     dtypes = {"y": inputs.x.dtype, **{name: t.dtype for name, t in inputs.named_tensors()}}
     found = {}
     for name, value in exact.items():
-        once = roundoff(dtypes[name]) * value.abs() + smallest_step(dtypes[name]) + jumps[name]
-        found[name] = (once + 3 * rms[name], once + rms[name])
+        once = roundoff(dtypes[name]) * value.abs() + smallest_step(dtypes[name])
+        few = max(1, value.numel()) ** -0.5
+        found[name] = (
+            once + 4.5 * rms[name] + jumps[name],
+            (1 + few) / 2 * once + (1 + 3.5 * few) * rms[name] + jumps[name],
+        )
     return found
 
 
@@ -98,7 +103,8 @@ def _jumps(
     """What changes when every q within ``reach`` of a kink has the derivative of the other side."""
     other_side = q
     for kink in KINKS.get(wide.activation, ()):
-        other_side = torch.where((q - kink).abs() < reach, 2 * kink - q, other_side)
+        across = torch.where(q > kink, kink - reach, kink + reach)
+        other_side = torch.where((q - kink).abs() < reach, across, other_side)
     if torch.equal(other_side, q):
         return {name: torch.zeros_like(value) for name, value in exact.items()}
     model = _Model(Perturbation(), keep, other_side=other_side)

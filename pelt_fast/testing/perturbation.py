@@ -1,8 +1,8 @@
 """Monte Carlo arithmetic: fp64 computations that err as those of a narrower dtype do (Parker 1997).
 
-A value that is rounded is moved by one unit roundoff of itself, up or down at random. A sum of K terms is moved by
-``√K · a · (‖terms‖₂ + |sum|)``, a being the unit roundoff of the accumulator: see `tolerance.py` for why. Gradients are
-perturbed alike, by errors of their own, as a backward in that arithmetic is.
+A value that is rounded is moved by a random part, uniform within ±1, of one unit roundoff of itself; a sum of K terms
+by such a part of ``√K · a · (‖terms‖₂ + |sum|)``, a being the unit roundoff of the accumulator: `tolerance.py` says
+why. Gradients are perturbed alike, by errors of their own, as a backward in that arithmetic is.
 
 Every tensor has a leading dimension for the draws, which are computed side by side.
 """
@@ -71,16 +71,16 @@ class Perturbation:
             return result
         size = (a.square() @ b.square()).sqrt_().add_(result.abs())
         return result.addcmul_(
-            size, self._signs(result), value=math.sqrt(a.shape[-1]) * self.accumulator
+            size, self._parts(result), value=math.sqrt(a.shape[-1]) * self.accumulator
         )
 
     def _step(self, value: Tensor) -> Tensor:
         size = value.abs().mul_(self.roundoff).add_(self.smallest)
-        return size.mul_(self._signs(value))
+        return size.mul_(self._parts(value))
 
-    def _signs(self, like: Tensor) -> Tensor:
-        bits = torch.randint(0, 2, like.shape, generator=self.generator, dtype=torch.int8)
-        return bits.to(like.device, like.dtype).mul_(2).sub_(1)
+    def _parts(self, like: Tensor) -> Tensor:
+        parts = torch.rand(like.shape, generator=self.generator, dtype=torch.float32)
+        return parts.to(like.device, like.dtype).mul_(2).sub_(1)
 
 
 class _Product(torch.autograd.Function):
