@@ -76,12 +76,29 @@ def unsupported(problem: Any) -> list[str]:
 
 @lru_cache(maxsize=1024)
 def default_config(problem: Any) -> ForwardConfig:
-    """The longest block of rows that still gives every multiprocessor one: D and U are read once a block."""
+    """The longest blocks of rows that still give every multiprocessor one: each block reads D and U from L2."""
     wide = itemsize(problem.dtype) == 4
-    block_m = power_of_two(problem.bottleneck, 16, 32 if wide else 128)
-    block_d = power_of_two(problem.features, 16, 32 if wide else 128)
-    block_t = 16
-    return ForwardConfig(block_t, block_d, block_m, False, 4, 2)
+    block_m = power_of_two(problem.bottleneck, 16, 64 if wide else 128)
+    block_d = chunk_of_columns(problem, 128)
+    block_t = rows_of_block(problem, 32 if problem.bottleneck > 128 else 64)
+    # 96 registers a thread of s, of 255
+    held = problem.post_ln and not wide and block_m <= 64 and block_t * problem.features <= 24576
+    return ForwardConfig(block_t, block_d, block_m, held, 8 if held or block_t > 16 else 4, 2)
+
+
+def rows_of_block(problem: Any, most: int) -> int:
+    """A power of two from 16 to ``most``; 16 in fp32, whose operands stand in registers."""
+    if itemsize(problem.dtype) == 4:
+        return 16
+    return power_of_two(problem.tokens // sm_count(problem.arch) // 2 + 1, 16, most)
+
+
+def chunk_of_columns(problem: Any, most: int) -> int:
+    """A power of two from 16 to ``most``, less where registers are short."""
+    wide = itemsize(problem.dtype) == 4
+    # A mask whose elements each make their own Philox call takes four times the registers.
+    alone = problem.dropout and problem.features % 4
+    return power_of_two(problem.features, 16, 32 if wide or alone else most)
 
 
 def candidate_configs(problem: Any) -> Iterator[ForwardConfig]:
@@ -89,15 +106,10 @@ def candidate_configs(problem: Any) -> Iterator[ForwardConfig]:
     base = default_config(problem)
     for block_t in (16, 32, 64):
         for block_d in (32, 64, 128):
-            for num_warps in (4, 8):
-                for num_stages in (1, 2, 3):
+            for held in (False, True):
+                for num_warps in (4, 8):
                     yield replace(
-                        base,
-                        block_t=block_t,
-                        block_d=block_d,
-                        held=False,
-                        num_warps=num_warps,
-                        num_stages=num_stages,
+                        base, block_t=block_t, block_d=block_d, held=held, num_warps=num_warps
                     )
 
 

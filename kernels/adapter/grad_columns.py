@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.cost import Cost, itemsize
+from ..common.hardware import sm_count
 from ..common.reduce import launch_ordered_sums
 from ..common.tiling import cdiv, power_of_two
 from .forward import unsupported as unsupported
@@ -75,11 +76,18 @@ class ColumnGrads(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def default_config(problem: Any) -> ColumnsConfig:
-    """Column blocks as narrow as a sector of 32 bytes allows, few strips."""
+    """Column blocks as narrow as a sector of 32 bytes; strips to fill the GPU, as far as their partials are few bytes."""
     wide = itemsize(problem.dtype) == 4
-    block_m = power_of_two(problem.bottleneck, 16, 32 if wide else 128)
-    block_t = power_of_two(problem.tokens, 16, 32 if wide else 64)
-    return ColumnsConfig(block_t, 16, block_m, 2, 4, 2)
+    t, d, m = problem.tokens, problem.features, problem.bottleneck
+    block_m = power_of_two(m, 16, 64 if wide else 128)
+    block_t = power_of_two(t, 16, 16 if wide else 32)
+    size = itemsize(problem.dtype)
+    # Beyond compulsory bytes a tenth may move: a, dq and the sums of `grad_rows`, then partials, here up to a twelfth.
+    allowed = size * (t * d * (5 if problem.skip else 3) + 4 * d * m) // 12
+    allowed -= 2 * size * t * m + 8 * t
+    strips = cdiv(2 * sm_count(problem.arch), cdiv(d, 16) * cdiv(m, block_m))
+    strips = min(strips, allowed // (4 * (2 * d * m + 6 * d)), cdiv(t, block_t))
+    return ColumnsConfig(block_t, 16, block_m, max(strips, 1), 4, 2)
 
 
 def candidate_configs(problem: Any) -> Iterator[ColumnsConfig]:
@@ -213,9 +221,7 @@ def _adapter_columns_kernel(
     _add_to(grads.up, stride_partial, strip, of_up, d_up, live, earlier)
     _add_to(grads.down, stride_partial, strip, of_down, d_down, live, earlier)
     if start == 0:
-        _add_to(
-            grads.down_bias, stride_partial, strip, inner, d_down_bias, live_m, earlier
-        )
+        _add_to(grads.down_bias, stride_partial, strip, inner, d_down_bias, live_m, earlier)
     # Every tile of the bottleneck has the same vectors: the first one keeps them.
     if tile == 0:
         _add_to(

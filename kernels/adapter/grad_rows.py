@@ -27,6 +27,7 @@ from torch import Tensor
 from ..common.cost import Cost, itemsize
 from ..common.tiling import cdiv, power_of_two
 from .activation import derivative
+from .forward import chunk_of_columns, rows_of_block
 from .forward import unsupported as unsupported
 from .operands import (
     Form,
@@ -63,11 +64,11 @@ class RowsConfig:
 
 @lru_cache(maxsize=1024)
 def default_config(problem: Any) -> RowsConfig:
-    """The longest block of rows that still gives every multiprocessor one: D and U are read once a block."""
+    """The longest blocks of rows that still give every multiprocessor one: each block reads D and U from L2."""
     wide = itemsize(problem.dtype) == 4
-    block_m = power_of_two(problem.bottleneck, 16, 32 if wide else 128)
-    block_d = power_of_two(problem.features, 16, 32 if wide else 128)
-    return RowsConfig(16, block_d, block_m, 4, 2)
+    block_m = power_of_two(problem.bottleneck, 16, 64 if wide else 128)
+    block_t = rows_of_block(problem, 16 if block_m > 64 else 32)
+    return RowsConfig(block_t, chunk_of_columns(problem, 64), block_m, 4, 2)
 
 
 def candidate_configs(problem: Any) -> Iterator[RowsConfig]:
