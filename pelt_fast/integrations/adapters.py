@@ -169,7 +169,10 @@ def _other_method(module: nn.Module) -> str | None:
     """Why a module of another of the library's methods is left; None where there is nothing in it."""
     if isinstance(module, (NICECouplingBlock, GLOWCouplingBlock)):
         return f"it is a {type_name(module)}, an invertible adapter"
-    if not isinstance(module, AdapterLayerBase) or not len(module.adapter_modules):
+    if not isinstance(module, AdapterLayerBase):
+        return None
+    # every linear layer is wrapped for LoRA, whether it has one or not
+    if not len(getattr(module, module.adapter_modules_name, ())):
         return None
     return f"it is a {type_name(module)}, not a bottleneck layer"
 
@@ -203,7 +206,7 @@ def _describe(layer: BottleneckLayer, base_dtype: torch.dtype | None) -> list[st
 
 
 def _why_idle(layer: BottleneckLayer) -> str:
-    if not len(layer.adapters):
+    if not len(getattr(layer, "adapters", ())):
         return "no adapter is on this layer"
     if layer.layer_idx in (layer.adapters_config.skip_layers or ()):
         return "this layer is among skip_layers"

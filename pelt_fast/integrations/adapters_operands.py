@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from adapters.composition import AdapterCompositionBlock, Stack
+from adapters.composition import AdapterCompositionBlock, Fuse, Stack
 from adapters.context import ForwardContext
 from adapters.methods.bottleneck import BottleneckLayer
 from adapters.methods.modeling import Activation_Function_Class, Adapter, ParallelAdapter
@@ -56,34 +56,40 @@ def block_spec(
     if name is None:
         return f"{setup} is more than one adapter"
     adapter = layer._modules["adapters"]._modules[name]
+    autocast = _is_autocast(hidden_states)
     obstacle = (
         _context_obstacle()
         or _flags_obstacle(adapter, residual, layer_norm)
-        or _tensors_obstacle(adapter, hidden_states, residual)
+        or _tensors_obstacle(adapter, hidden_states, residual, autocast)
     )
-    if obstacle is not None:
-        return obstacle
+    if obstacle is None and isinstance(layer_norm, nn.LayerNorm):
+        weight = parameter(layer_norm, "weight")
+        if weight is not None:
+            obstacle = mixture_obstacle(weight, hidden_states, "hidden_states", autocast)
     x = residual if isinstance(adapter, ParallelAdapter) else hidden_states
-    autocast = is_autocast(hidden_states.device.type)
-    if isinstance(layer_norm, nn.LayerNorm) and layer_norm.weight is not None:
-        obstacle = mixture_obstacle(layer_norm.weight, hidden_states, "hidden_states", autocast)
-    return obstacle or adapter_spec(adapter, x)
+    return obstacle or adapter_spec(adapter, x, autocast)
 
 
 def core_spec(layer: BottleneckLayer, name: str, x: Any, residual: Any) -> BottleneckSpec | str:
     """The adapter of ``layer.compose_single``, if ``bottleneck_core`` computes that call."""
     adapter = layer._modules["adapters"]._modules[name]
+    autocast = _is_autocast(x)
     return (
-        _context_obstacle() or _tensors_obstacle(adapter, x, residual) or adapter_spec(adapter, x)
+        _context_obstacle()
+        or _tensors_obstacle(adapter, x, residual, autocast)
+        or adapter_spec(adapter, x, autocast)
     )
 
 
-def adapter_spec(adapter: Adapter, x: Tensor | None = None) -> BottleneckSpec | str:
+def adapter_spec(
+    adapter: Adapter, x: Tensor | None = None, autocast: bool = False
+) -> BottleneckSpec | str:
     """The adapter's own parameters and its settings of this moment.
 
     Args:
         adapter: one of the library's.
         x: its input. None asks about an input that goes with the parameters.
+        autocast: whether autocast is on for x.
 
     Returns:
         The specification, with training settled: its dropout and stochastic depth are those that act
@@ -96,7 +102,7 @@ def adapter_spec(adapter: Adapter, x: Tensor | None = None) -> BottleneckSpec | 
     obstacle = (
         tensor_obstacle(parameter(down, "weight"), "its down projection")
         or tensor_obstacle(parameter(up, "weight"), "its up projection")
-        or (None if x is None else _mixture_obstacle(parts, adapter.scaling, x))
+        or (None if x is None else _mixture_obstacle(parts, adapter.scaling, x, autocast))
     )
     if obstacle is not None:
         return obstacle
@@ -125,7 +131,7 @@ def adapter_spec(adapter: Adapter, x: Tensor | None = None) -> BottleneckSpec | 
 
 def fuses(setup: AdapterCompositionBlock) -> bool:
     """Whether there is a ``Fuse`` in the setup."""
-    return type(setup).__name__ == "Fuse" or any(
+    return isinstance(setup, Fuse) or any(
         isinstance(child, AdapterCompositionBlock) and fuses(child) for child in setup
     )
 
@@ -186,9 +192,10 @@ def _parts(adapter: Adapter) -> _Parts | str:
     )
 
 
-def _mixture_obstacle(parts: _Parts, scaling: float | Tensor, x: Tensor) -> str | None:
+def _mixture_obstacle(
+    parts: _Parts, scaling: float | Tensor, x: Tensor, autocast: bool
+) -> str | None:
     """Why the adapter's parameters do not go with its input."""
-    autocast = is_autocast(x.device.type)
     tensors = [scaling]
     for module in parts.learned:
         if module is not None:
@@ -209,7 +216,7 @@ def _activation(non_linearity: nn.Module) -> str | None:
     function = non_linearity.f
     if function is nn.functional.leaky_relu:
         return "leaky_relu"
-    if getattr(function, "negative_slope", _LEAKY_SLOPE) != _LEAKY_SLOPE:
+    if type(function) is nn.LeakyReLU and function.negative_slope != _LEAKY_SLOPE:
         return None
     if isinstance(function, nn.Module) and module_obstacle(function, (type(function).forward,), ""):
         return None
@@ -254,8 +261,13 @@ def _flags_obstacle(adapter: Adapter, residual: Tensor | None, layer_norm: Any) 
     return f"residual_before_ln is {adapter.residual_before_ln!r}"
 
 
-def _tensors_obstacle(adapter: Adapter, hidden_states: Any, residual: Any) -> str | None:
-    autocast = isinstance(hidden_states, Tensor) and is_autocast(hidden_states.device.type)
+def _is_autocast(x: Any) -> bool:
+    return isinstance(x, Tensor) and is_autocast(x.device.type)
+
+
+def _tensors_obstacle(
+    adapter: Adapter, hidden_states: Any, residual: Any, autocast: bool
+) -> str | None:
     obstacle = input_obstacle(hidden_states, autocast, "hidden_states")
     if obstacle is None and residual is not None:
         obstacle = input_obstacle(residual, autocast, "its residual")
