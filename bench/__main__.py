@@ -1,4 +1,4 @@
-"""`python -m bench`: the fine-tune, the kernel table, and what is written about them."""
+"""`python -m bench`: the fine-tunes, the kernel tables, and what is written about them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from rich.progress import (
 
 from . import environment, plots, report
 from .data import MissingPackage
+from .families import FAMILIES, family_of
 from .finetune import FineTune, finetune, plans
 from .measure import Row
 from .results import Results, collect, load, merged, save
+from .tables import print_tables
 
 BENCH = Path(__file__).resolve().parent
-QUICK_S = {"finetune": 125.0, "table": 150.0}
-FULL_S = {"finetune": 600.0, "table": 1800.0}
+QUICK_S = {"finetune": 130.0, "table": 170.0}
+FULL_S = {"finetune": 900.0, "table": 2400.0}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,20 +46,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     meta["mode"] = "full" if options.full else "quick"
     console.print(f"[bold]pelt_fast benchmark[/] on {meta['device']} ({meta['instruction_set']})")
     parts = [part for part in seconds if options.only in (None, part)]
-    minutes = sum(options.budget or seconds[part] for part in parts) / 60
+    families = [name for name in FAMILIES if options.family in (None, name)]
+    share = len(families) / len(FAMILIES)
+    budget = {part: options.budget or share * seconds[part] for part in parts}
+    minutes = sum(budget.values()) / 60
     about = f"about {minutes:.0f} minutes" if minutes >= 1.5 else "about a minute"
     console.print(f"{about}; results go to {folder}\n", highlight=False, soft_wrap=True)
     failed = False
     rows: list[Row] = []
     tunes: list[FineTune] = []
-    if options.only != "table":
+    if "finetune" in budget:
         try:
-            tunes = _finetune(device, options.budget or seconds["finetune"], options.full, console)
+            tunes = _finetune(families, device, budget["finetune"], options.full, console)
         except MissingPackage as missing:
             failed = True
             console.print(f"[red]fine-tune not run:[/] {missing}", highlight=False)
-    if options.only != "finetune":
-        rows, ok = _table(device, options.budget or seconds["table"], options.full, console)
+    if "table" in budget:
+        rows, ok = _table(families, device, budget["table"], options.full, console)
         failed |= not ok
     results = merged(collect(meta, rows, tunes), folder)
     save(results, folder)
@@ -68,12 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "--full", action="store_true", help="every row, more steps and seeds: about 40 minutes"
+        "--full", action="store_true", help="every row, more steps and seeds: about an hour"
     )
     parser.add_argument(
         "--only",
         choices=("finetune", "table", "report"),
         help="a part; report: from the last results",
+    )
+    parser.add_argument(
+        "--family", choices=tuple(FAMILIES), help="of one kernel family; the others' are kept"
     )
     parser.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
     parser.add_argument("--budget", type=float, help="seconds for each part")
@@ -97,15 +105,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _finetune(
-    device: torch.device, budget_s: float, full: bool, console: Console
+    methods: Sequence[str], device: torch.device, budget_s: float, full: bool, console: Console
 ) -> list[FineTune]:
     found = []
-    for plan in plans(device, budget_s, full):
+    for plan in (p for m in methods for p in plans(m, device, budget_s / len(methods), full)):
+        what = f"fine-tune {plan.method} {plan.dtype}"
         with _progress(console) as progress:
-            task = progress.add_task(f"fine-tune {plan.dtype}", total=1.0)
-            one = finetune(plan, device, _Teller(progress, task))
+            one = finetune(plan, device, _Teller(progress, progress.add_task(what, total=1.0)))
         found.append(one)
-        console.print(f"fine-tune in {plan.dtype}\n{one.replaced}", style="dim", highlight=False)
+        console.print(f"{what}\n{one.replaced}", style="dim", highlight=False)
     return found
 
 
@@ -123,14 +131,17 @@ class _Teller:
             console.print(text, highlight=False, markup=False)
 
 
+SUITES = {"lora": "test_lora_linear.py", "adapter": "test_bottleneck_adapter.py"}
+
+
 def _table(
-    device: torch.device, budget_s: float, full: bool, console: Console
+    families: Sequence[str], device: torch.device, budget_s: float, full: bool, console: Console
 ) -> tuple[list[Row], bool]:
     """Runs the pytest-benchmark suite in this process; a line per row replaces its tables."""
     with _progress(console) as progress:
         listener = _Listener(progress)
         arguments = [
-            str(BENCH / "test_lora_linear.py"),
+            *(str(BENCH / SUITES[family]) for family in families),
             "-q",
             "--no-header",
             "--no-summary",
@@ -149,22 +160,22 @@ def _table(
 
 
 class _Listener:
-    """Listens to the suite: collects the rows and shows progress."""
+    """Listens to the suites: collects the rows and shows progress."""
 
     def __init__(self, progress: Progress) -> None:
         self.rows: list[Row] = []
         self.failures: list[str] = []
         self._progress = progress
-        self._task = progress.add_task("kernel table", total=None)
+        self._task = progress.add_task("kernel tables", total=None)
         self._began = time.monotonic()
 
     def pytest_bench_row(self, row: Row, done: int, total: int) -> None:
         self.rows.append(row)
         self._progress.update(
-            self._task, description=f"kernel table {done}/{total}", completed=done, total=total
+            self._task, description=f"kernel tables {done}/{total}", completed=done, total=total
         )
         self._progress.console.print(
-            f"{row.case!s:32} {_line(row)}", highlight=False, markup=False, soft_wrap=True
+            f"{row.case!s:46} {_line(row)}", highlight=False, markup=False, soft_wrap=True
         )
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
@@ -182,14 +193,16 @@ class _Listener:
 def _line(row: Row) -> str:
     if row.not_run:
         return f"not run: {row.not_run}"
-    ours = row.entries.get("ours_base")
+    family = family_of(row.case)
+    ours = row.entries.get(family.main)
     if ours is None or not ours.times:
         return ours.wrong or ours.missing if ours else "not measured"
-    pass_ = row.main_pass
-    frozen, peft = (row.entries[name].ms(pass_) for name in ("frozen", "peft_base"))
+    pass_, rival = row.case.main_pass, family.rivals[family.main]
     overhead = ours.overhead.get(pass_)
-    text = f"frozen {frozen:8.3f}  PEFT {peft:8.3f}  ours {ours.ms(pass_):8.3f} ms"
-    text += f"  overhead {overhead.value:+.2f}" if overhead else ""
+    text = "  ".join(
+        f"{name} {row.entries[name].ms(pass_):8.3f}" for name in (family.floor, rival, family.main)
+    )
+    text += " ms" + (f"  overhead {overhead.value:+.2f}" if overhead else "")
     return text + f"  ({ours.ran}, {row.rounds} rounds)"
 
 
@@ -207,9 +220,10 @@ def _progress(console: Console) -> Progress:
 def _present(results: Results, folder: Path, readme: Path | None, console: Console) -> None:
     drawn = plots.plot_all(results, folder)
     console.print()
-    report.print_tables(console, report.tables(results))
-    for line in report.headlines(results):
-        console.print(line, style="bold", highlight=False)
+    for family in FAMILIES:
+        print_tables(console, report.tables(results, family))
+    for line in report.summary(results):
+        console.print(line.replace("**", ""), style="bold", highlight=False)
     console.print(report.provenance(results), style="dim", highlight=False)
     written = [folder / "results.json", folder / "kernels.csv", folder / "finetune.csv", *drawn]
     if readme is not None and readme.exists() and report.update_readme(readme, results, folder):

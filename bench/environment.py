@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "peft", "transformers", "triton", "pelt-fast")
+PACKAGES = ("torch", "peft", "adapters", "transformers", "triton", "pelt-fast")
+BUSY_LOAD = 0.5
+"""A load average above it at the start is said wherever results are shown."""
 
 
 def describe(device: torch.device) -> dict[str, Any]:

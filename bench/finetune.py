@@ -1,11 +1,11 @@
-"""A real fine-tune: MiniLM on movie reviews, LoRA by PEFT, eager and accelerated in turns.
+"""A real fine-tune: MiniLM on movie reviews, LoRA by PEFT or adapters by AdapterHub, eager and accelerated in turns.
 
 Three models take turns, step by step, on the same batches with the same random numbers:
 
-- *eager*: `get_peft_model`, LoRA on every linear of the encoder and a trained head;
+- *eager*: the library's model, see `methods`, with a trained head;
 - *accelerated*: the same after `pelt_fast.accelerate(model)`;
-- *frozen*: no LoRA, only the head is trained, but the gradient goes back exactly as far as in
-  the other two. Its time is the floor, and its accuracy is what the head alone can do.
+- *frozen*: only the head is trained, but the gradient goes back exactly as far as in the other two.
+  Its time is the floor, and its accuracy is what the head alone can do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -26,12 +26,12 @@ from torch import Tensor, nn
 import pelt_fast
 
 from . import data, memory
-from .cases import DTYPES
+from .case import DTYPES
+from .methods import METHODS, freeze
 from .probe import has_fast_bf16
 from .timing import Overhead, Stat, overhead
 
 KINDS = ("eager", "accelerated", "frozen")
-TARGETS = ["query", "key", "value", "dense"]
 WARM_UP_STEPS = 3
 MIN_STEPS = 50
 """Fewer teach nothing; a plan with fewer is there for its step times."""
@@ -39,8 +39,9 @@ MIN_STEPS = 50
 
 @dataclass(frozen=True)
 class Plan:
-    """One dtype's runs: each seed trains ``steps`` steps of ``batch`` x ``length`` tokens."""
+    """One method's runs in one dtype: each seed trains ``steps`` steps of ``batch`` x ``length`` tokens."""
 
+    method: str
     dtype: str
     budget_s: float
     steps: int
@@ -48,8 +49,6 @@ class Plan:
     length: int = 32
     max_seeds: int = 5
     held_out: int = 512
-    learning_rate: float = 2e-3
-    rank: int = 8
     note: str = ""
 
     @property
@@ -106,18 +105,19 @@ Tell = Callable[[str, float], None]
 """Told what goes on and which fraction of the plan is done."""
 
 
-def plans(device: torch.device, budget_s: float, full: bool) -> list[Plan]:
+def plans(method: str, device: torch.device, budget_s: float, full: bool) -> list[Plan]:
     """fp32 everywhere; bf16 trained where the machine has it, else timed in a few tiny steps."""
-    steps = 400 if full else 100
-    held_out = 2000 if full else 512
-    batch, length = (64, 64) if device.type == "cuda" else (16, 32)
-    size = {"steps": steps, "held_out": held_out, "batch": batch, "length": length}
+    size = {"steps": 400, "held_out": 2000} if full else {"steps": 100, "held_out": 512}
+    size["max_seeds"] = 5 if full else 1  # in a short run one seed, with steps enough to learn
+    size["batch"], size["length"] = (64, 64) if device.type == "cuda" else (16, 32)
     if has_fast_bf16(device):
-        return [Plan("bf16", 0.6 * budget_s, **size), Plan("fp32", 0.4 * budget_s, **size)]
+        shares = {"bf16": 0.6, "fp32": 0.4}
+        return [Plan(method, dtype, share * budget_s, **size) for dtype, share in shares.items()]
     slow = "this CPU has no fast bf16: a few tiny steps, timed but not trained"
+    tiny = {"steps": 8, "batch": 1, "length": 16, "max_seeds": 1, "note": slow}
     return [
-        Plan("fp32", 0.85 * budget_s, **size),
-        Plan("bf16", 0.15 * budget_s, steps=8, batch=1, length=16, max_seeds=1, note=slow),
+        Plan(method, "fp32", 0.88 * budget_s, **size),
+        Plan(method, "bf16", 0.12 * budget_s, **tiny),
     ]
 
 
@@ -126,7 +126,8 @@ def finetune(plan: Plan, device: torch.device, tell: Tell = lambda text, done: N
     started = time.monotonic()
     train, held_out = data.load_reviews(train=6000, held_out=plan.held_out, length=plan.length)
     runs = {kind: Run() for kind in KINDS}
-    tell(f"{plan.dtype}: loading, warming up", 0.0)
+    what = f"{plan.method} {plan.dtype}"
+    tell(f"{what}: loading, warming up", 0.0)
     plan = _prepare(plan, train, runs, device)
     replaced = ""
     longest = 0.0
@@ -151,7 +152,7 @@ def finetune(plan: Plan, device: torch.device, tell: Tell = lambda text, done: N
             if late and 2 * WARM_UP_STEPS < step + 1 < plan.steps:
                 break  # a machine that has become busy must not take for ever
             done = (step + 1) / plan.steps
-            tell(f"{plan.dtype} seed {seed} step {step + 1}/{plan.steps}: loss {now}", done)
+            tell(f"{what} seed {seed} step {step + 1}/{plan.steps}: loss {now}", done)
         if len(runs["eager"].losses[-1]) < plan.steps:
             if seed == 0:
                 plan = _cut(plan, len(runs["eager"].losses[-1]))
@@ -161,7 +162,7 @@ def finetune(plan: Plan, device: torch.device, tell: Tell = lambda text, done: N
             break
         if plan.trains:
             for kind in kinds:
-                tell(f"{plan.dtype} seed {seed}: held-out accuracy, {kind}", 1.0)
+                tell(f"{what} seed {seed}: held-out accuracy, {kind}", 1.0)
                 runs[kind].accuracy.append(trainees[kind].accuracy(held_out))
         longest = max(longest, time.monotonic() - begun)
     return FineTune(plan, runs, replaced)
@@ -184,8 +185,9 @@ def _prepare(plan: Plan, train: data.Split, runs: dict[str, Run], device: torch.
         trainee.forward_backward(batch)
     one_round = time.monotonic() - started
     fits = plan.budget_s / one_round
-    # the first seed may take 60 %: a second one, without the frozen model, takes the rest
-    steps = min(plan.steps, max(MIN_STEPS, int(0.6 * fits)))
+    # of several seeds the first may take 60 %: a second one, without the frozen model, takes the rest
+    share = 0.6 if plan.max_seeds > 1 else 0.85
+    steps = min(plan.steps, max(MIN_STEPS, int(share * fits)))
     if steps <= 2 * fits:
         return replace(plan, steps=steps)
     return _cut(plan, max(2 * WARM_UP_STEPS, int(fits)))
@@ -214,15 +216,13 @@ class Trainee:
         self.kind, self._device = kind, device
         self.report = ""
         self.model = _classifier(DTYPES[plan.dtype]).to(device)
-        if kind == "frozen":
-            _train_head_only(self.model)
-        else:
-            self.model = _with_lora(self.model, plan.rank)
+        method = METHODS[plan.method]
+        self.model = freeze(self.model, method) if kind == "frozen" else method.tune(self.model)
         if kind == "accelerated":
             self.report = str(pelt_fast.accelerate(self.model))
         self.model.train()
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(self._trained, lr=plan.learning_rate, fused=True)
+        self._optimizer = torch.optim.AdamW(self._trained, lr=method.learning_rate, fused=True)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer,
             lambda step: min(1.0, (step + 1) / 10) * max(0.0, 1 - step / plan.steps),
@@ -273,39 +273,6 @@ def _classifier(dtype: torch.dtype) -> nn.Module:
         data.model_dir(), num_labels=2, local_files_only=True
     )
     return model.to(dtype)
-
-
-def _with_lora(model: nn.Module, rank: int) -> nn.Module:
-    """PEFT as it comes: over a half-precision model its adapters are fp32."""
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
-        r=rank,
-        lora_alpha=2 * rank,
-        lora_dropout=0.0,
-        target_modules=TARGETS,
-    )
-    return get_peft_model(model, config)
-
-
-def _train_head_only(model: nn.Module) -> None:
-    """Freezes all but the head, and lets the gradient go back as far as LoRA lets it.
-
-    LoRA in the first layer's query, key and value makes their outputs require a gradient, but not
-    their input; so does the hook.
-    """
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    model.classifier.requires_grad_(True)
-
-    def require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
-        if torch.is_grad_enabled() and not output.requires_grad:
-            output.requires_grad_(True)
-
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in TARGETS and isinstance(module, nn.Linear):
-            module.register_forward_hook(require_grad)
 
 
 def _batches(

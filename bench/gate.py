@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pelt_fast.random import new_seed
-from pelt_fast.testing import oracle, tolerance
-from pelt_fast.testing.workloads import LoRAInputs
+from pelt_fast.testing.inputs import Inputs
 
-from .contenders import Contender
+from .contender import Contender
+from .family import Oracle
 
 SEED = 1234
 
@@ -38,63 +39,63 @@ Errors = dict[str, Error]
 
 
 class Gate:
-    """The exact results of one row, computed once, and PEFT's own errors in its dtypes."""
+    """The exact results of one row, computed once, and the eager composition's own errors."""
 
-    def __init__(self, inputs: LoRAInputs, wanted: tuple[str, ...]) -> None:
-        """``inputs``: the row's numbers; ``wanted``: the gradients that are compared, besides y."""
-        self._inputs, self._wanted = inputs, wanted
-        self._exact: dict[float, oracle.Results] = {}
-        self._eager: dict[tuple[float, torch.dtype], Errors] = {}
+    def __init__(self, oracle: Oracle, wanted: tuple[str, ...]) -> None:
+        """``wanted``: the gradients that are compared, besides y."""
+        self._oracle, self._wanted = oracle, wanted
+        self._exact: dict[Hashable, dict[str, Tensor]] = {}
+        self._eager: dict[str, Errors] = {}
 
-    def run(self, contender: Contender) -> tuple[dict[str, Tensor], oracle.Masks]:
+    def run(self, contender: Contender) -> tuple[dict[str, Tensor], Any]:
         """Its results, and the dropout masks that it drew, which follow from the seed."""
         torch.manual_seed(SEED)
-        keep = oracle.masks(contender.inputs, new_seed(contender.inputs.x.device))
+        keep = self._oracle.masks(contender.inputs, new_seed(contender.inputs.x.device))
         torch.manual_seed(SEED)
         return contender.run(), keep
 
     def check(
-        self, contender: Contender, results: Mapping[str, Tensor], keep: oracle.Masks
+        self, contender: Contender, results: Mapping[str, Tensor], keep: Any
     ) -> tuple[Errors, Errors]:
-        """The contender's errors, and those of PEFT's composition with the same numbers and masks.
+        """The contender's errors, and those of the eager composition with the same numbers and masks.
 
         Raises:
-            WrongResult: an error is above what `pelt_fast.testing.tolerance` allows.
+            WrongResult: an error is above what `pelt_fast.testing` allows.
         """
-        exact, eager = self._yardsticks(contender.inputs, keep)
+        exact, eager = self._yardsticks(contender.form, contender.inputs, keep)
         missing = [name for name in ("y", *contender.wrt) if name not in results]
         if missing:
             raise WrongResult(f"{contender.name} returned no {', '.join(missing)}")
         errors = {name: Error.of(value, exact[name]) for name, value in results.items()}
-        within = all(
-            error.max <= 2 * eager[name].max and error.mean <= 2 * eager[name].mean
+        suspects = {
+            name: results[name]
             for name, error in errors.items()
-        )
-        if not within:
-            # Twice eager's error is enough to pass; the whole rule, with its bound derived from K,
-            # costs four fp64 evaluations more and is asked only now.
-            found = tolerance.deviations(dict(results), contender.inputs, keep)
+            if not (error.max <= 2 * eager[name].max and error.mean <= 2 * eager[name].mean)
+        }
+        if suspects:
+            # Twice eager's error is enough to pass; the whole rule, with its bound derived from the
+            # shapes, costs many fp64 evaluations more and is asked only now.
+            found = self._oracle.deviations(suspects, contender.inputs, keep)
             wrong = [str(deviation) for deviation in found if not deviation.ok]
             if wrong:
                 raise WrongResult(f"{contender.name} is wrong: " + "; ".join(wrong))
         return errors, eager
 
-    def _yardsticks(self, inputs: LoRAInputs, keep: oracle.Masks) -> tuple[oracle.Results, Errors]:
-        p, adapter_dtype = inputs.dropout_p[0], inputs.lora_a[0].dtype
-        if p not in self._exact:
-            self._exact[p] = oracle.exact(inputs, keep, self._wanted)
-        exact = self._exact[p]
-        key = (p, adapter_dtype)
-        if key not in self._eager:
-            composed = oracle.eager(inputs, keep, self._wanted)
-            self._eager[key] = {
+    def _yardsticks(self, form: str, inputs: Inputs, keep: Any) -> tuple[dict[str, Tensor], Errors]:
+        key = self._oracle.exact_key(inputs)
+        if key not in self._exact:
+            self._exact[key] = self._oracle.exact(inputs, keep, self._wanted)
+        exact = self._exact[key]
+        if form not in self._eager:
+            composed = self._oracle.eager(inputs, keep, self._wanted)
+            self._eager[form] = {
                 name: Error.of(value, exact[name]) for name, value in composed.items()
             }
-        return exact, self._eager[key]
+        return exact, self._eager[form]
 
 
 def error_ratio(ours: Errors, eager: Errors) -> Error:
-    """Our error over PEFT's, the worst of all tensors: 1 is PEFT's own accuracy, less is better."""
+    """Our error over eager's, the worst of all tensors: 1 is eager's own accuracy, less is better."""
 
     def ratio(mine: float, theirs: float) -> float:
         return mine / theirs if theirs > 0 else (1.0 if mine == 0 else float("inf"))

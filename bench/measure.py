@@ -9,16 +9,12 @@ from typing import Any
 
 import torch
 
-from . import contenders, gate, memory
-from .cases import Case
-from .contenders import Contender
-from .probe import seconds_per_flop
+from . import gate, memory
+from .case import Case
+from .contender import Contender, NotHere
+from .family import Family
+from .probe import seconds
 from .timing import Overhead, Sample, Stat, clock_for, interleave, overhead
-
-PEFT_OF = {f"ours_{form}": f"peft_{form}" for form in contenders.FORMS} | {
-    f"ours[{backend}]": "peft_base" for backend in contenders.BACKENDS
-}
-"""Whom each of ours is compared with."""
 
 
 @dataclass
@@ -53,10 +49,6 @@ class Row:
     not_run: str = ""
     entries: dict[str, Entry] = field(default_factory=dict)
 
-    @property
-    def main_pass(self) -> str:
-        return "both" if self.case.train else "forward"
-
 
 MIN_ROUNDS = 3
 """Of a row of which a round takes less than the time given to the row."""
@@ -73,77 +65,82 @@ class Limits:
 
 
 def measure(
-    case: Case, device: torch.device, limits: Limits, names: Sequence[str] = contenders.NAMES
+    family: Family,
+    case: Case,
+    device: torch.device,
+    limits: Limits,
+    names: Sequence[str] | None = None,
 ) -> Row:
     row = Row(case)
-    drawn = contenders.draw(case, device)
-    built = _build(row, drawn, names)
-    estimate = estimate_round_s(case, device, len(built))
+    names = family.contenders if names is None else names
+    estimate = estimate_round_s(case, device, names)
     if estimate > limits.round_s:
-        row.not_run = f"estimated {estimate:.0f} s for each round of {len(built)} contenders"
-        row.entries.clear()
+        row.not_run = f"estimated {estimate:.0f} s for each round of its contenders"
         return row
-    _check(row, built, drawn)
-    _watch_memory(row, built, device)
+    drawn = family.draw(case, device)
+    built = _build(family, row, drawn, names)
+    _check(family, row, built, drawn)
+    _watch_memory(family, row, built, device)
     _time(row, built, device, limits)
+    _compare(family, row)
     return row
 
 
-def _build(row: Row, drawn: Any, names: Sequence[str]) -> dict[str, Contender]:
+def _build(family: Family, row: Row, drawn: Any, names: Sequence[str]) -> dict[str, Contender]:
     built = {}
     for name in names:
         entry = row.entries[name] = Entry(name)
         try:
-            built[name] = contenders.build(name, row.case, drawn)
-        except contenders.NotHere as reason:
+            built[name] = family.build(name, row.case, drawn)
+        except NotHere as reason:
             entry.missing = str(reason)
         else:
             entry.ran = built[name].ran
     return built
 
 
-def _check(row: Row, built: dict[str, Contender], drawn: Any) -> None:
+def _check(family: Family, row: Row, built: dict[str, Contender], drawn: Any) -> None:
     """The first call of each contender: the results must be right before a clock starts."""
-    judge = gate.Gate(drawn, ("x", "lora_a.0", "lora_b.0") if row.case.train else ())
+    judge = gate.Gate(family.oracle, family.trained(drawn) if row.case.train else ())
     for name, contender in list(built.items()):
         entry = row.entries[name]
         try:
             results, keep = judge.run(contender)
-            # Not judged: the frozen linear computes something else, and PEFT's dropout draws masks
-            # of its own.
-            if name not in ("frozen", "peft_dropout"):
+            if name not in family.unjudged:
                 entry.errors, eager = judge.check(contender, results, keep)
                 entry.error_ratio = gate.error_ratio(entry.errors, eager)
         except gate.WrongResult as wrong:
             entry.wrong = str(wrong)
             del built[name]
         except Exception as error:
-            # torch.compile needs a C++ compiler, which a machine may lack; of ours, every failure
-            # is a failure
-            if name != "peft_compiled":
-                raise
-            entry.missing = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+            if name == family.may_fail:
+                entry.missing = text
+            else:
+                entry.wrong = f"{name} failed: {text}"
             del built[name]
 
 
-def _watch_memory(row: Row, built: dict[str, Contender], device: torch.device) -> None:
+def _watch_memory(
+    family: Family, row: Row, built: dict[str, Contender], device: torch.device
+) -> None:
     if not row.case.train:
         return
     for name, contender in built.items():
         entry = row.entries[name]
         entry.peak_bytes = memory.peak_bytes(contender.run, device)
-        if name == "peft_compiled":
-            continue  # keeps its saved tensors out of sight of the hooks
+        if name == family.may_fail:
+            continue  # compiled, it keeps its saved tensors out of sight of the hooks
         entry.saved_bytes = memory.saved_bytes(contender.forward, contender.tensors)
 
 
 def _time(row: Row, built: dict[str, Contender], device: torch.device, limits: Limits) -> None:
     # checking and watching were the warm-up
-    slow = estimate_round_s(row.case, device, len(built)) > limits.sample_s
+    slow = estimate_round_s(row.case, device, list(built)) > limits.sample_s
     samples = interleave(
         built, clock_for(device), limits.sample_s, min_rounds=1 if slow else MIN_ROUNDS
     )
-    row.rounds = len(next(iter(samples.values())))
+    row.rounds = len(next(iter(samples.values()), []))
     for name, taken in samples.items():
         entry = row.entries[name]
         entry.samples = taken
@@ -151,24 +148,28 @@ def _time(row: Row, built: dict[str, Contender], device: torch.device, limits: L
             entry.times[pass_] = Stat.of([getattr(sample, pass_) for sample in taken])
         if device.type == "cuda":
             entry.host_ms = Stat.of([sample.host for sample in taken]).median
-    _compare(row)
 
 
-def _compare(row: Row) -> None:
-    def seconds(name: str, pass_: str) -> list[float]:
+def _compare(family: Family, row: Row) -> None:
+    def seconds_of(name: str, pass_: str) -> list[float]:
         return [getattr(sample, pass_) for sample in row.entries[name].samples]
 
-    for name, rival in PEFT_OF.items():
-        if not all(n in row.entries and row.entries[n].samples for n in ("frozen", name, rival)):
+    for name, rival in family.rivals.items():
+        three = (family.floor, rival, name)
+        if not all(n in row.entries and row.entries[n].samples for n in three):
             continue
         for pass_ in row.case.passes:
-            found = overhead(seconds("frozen", pass_), seconds(rival, pass_), seconds(name, pass_))
+            found = overhead(*(seconds_of(n, pass_) for n in three))
             if found is not None:
                 row.entries[name].overhead[pass_] = found
 
 
-def estimate_round_s(case: Case, device: torch.device, contenders_count: int) -> float:
-    """Seconds for one round of all contenders, from a small frozen step in the same dtype."""
+def estimate_round_s(case: Case, device: torch.device, names: Sequence[str]) -> float:
+    """Seconds for one round, as if PyTorch's contenders each did an eager step, and ours nothing.
+
+    Where a round takes seconds at all, ours is far faster: PyTorch lacks fast kernels there.
+    """
     if device.type == "cuda":
         return 0.0
-    return case.frozen_flops * seconds_per_flop(case.dtype, case.train) * contenders_count
+    eager = [name for name in names if name == "ours[torch]" or not name.startswith("ours")]
+    return seconds(*case.work, case.dtype, case.train) * len(eager)

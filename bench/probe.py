@@ -1,15 +1,22 @@
-"""How fast a frozen linear runs on this machine: asked before anything slow is started."""
+"""How fast this machine multiplies matrices and moves memory: asked before anything slow is started."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from .cases import DTYPES
+from .case import DTYPES
+
+
+def seconds(flops: int, traffic: int, dtype: str, train: bool = True) -> float:
+    """Of an eager step of that many flops in matrix products, and bytes in everything else."""
+    return flops * seconds_per_flop(dtype, train) + traffic * seconds_per_byte()
 
 
 @lru_cache
@@ -23,17 +30,32 @@ def seconds_per_flop(dtype: str, train: bool = True) -> float:
     x = torch.randn(tokens, features).to(DTYPES[dtype]).requires_grad_(train)
     weight = torch.randn(features, features).to(DTYPES[dtype])
     dy = torch.randn(tokens, features).to(DTYPES[dtype])
-    best = math.inf
-    # the best of many: on a busy machine threads that wait for each other make single calls a
-    # hundred times too long
-    end = time.perf_counter() + 0.5
-    while time.perf_counter() < end:
-        start = time.perf_counter()
+
+    def step() -> None:
         y = F.linear(x, weight)
         if train:
             torch.autograd.grad(y, [x], dy)
+
+    return _best(step) / ((4 if train else 2) * tokens * features * features)
+
+
+@lru_cache
+def seconds_per_byte() -> float:
+    """Of an addition that no cache holds and whose result is new, on the CPU."""
+    x = torch.ones(1 << 22)
+    return _best(lambda: x + x) / (2 * 4 * x.numel())
+
+
+def _best(step: Callable[[], Any], seconds: float = 0.5, least: int = 5) -> float:
+    """Of many: the first one sets things up, and on a busy machine threads wait for each other."""
+    best, calls = math.inf, 0
+    end = time.perf_counter() + seconds
+    while calls < least or time.perf_counter() < end:
+        start = time.perf_counter()
+        step()
         best = min(best, time.perf_counter() - start)
-    return best / ((4 if train else 2) * tokens * features * features)
+        calls += 1
+    return best
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .families import FAMILIES
 from .finetune import FineTune
 from .measure import Entry, Row
 
@@ -18,9 +19,19 @@ Results = dict[str, Any]
 def collect(meta: dict[str, Any], rows: Sequence[Row], finetunes: Sequence[FineTune]) -> Results:
     return {
         "meta": meta,
-        "kernels": [_row(row) for row in rows],
+        "kernels": [_row(row) for row in _in_order(rows)],
         "finetune": [_finetune(one) for one in finetunes],
     }
+
+
+def rows_of(results: Results, family: str) -> list[dict[str, Any]]:
+    return [row for row in results["kernels"] if row["family"] == family]
+
+
+def _in_order(rows: Sequence[Row]) -> list[Row]:
+    """As they are shown; they are measured the short ones first."""
+    families = list(FAMILIES)
+    return sorted(rows, key=lambda row: (families.index(row.case.family), row.case.order))
 
 
 def save(results: Results, folder: Path) -> None:
@@ -36,26 +47,31 @@ def load(folder: Path) -> Results:
 
 
 def merged(new: Results, folder: Path) -> Results:
-    """``new``, with the part that was not run this time taken from the folder's last results."""
+    """``new``, with what was not run this time taken from the folder's last results."""
     if not (folder / "results.json").exists():
         return new
     old = load(folder)
+
+    def fresh_or_old(part: str, key: Callable[[dict[str, Any]], str]) -> list[dict[str, Any]]:
+        fresh = {key(item) for item in new[part]}
+        # in the order in which they are shown
+        return sorted(
+            [item for item in old[part] if key(item) not in fresh] + new[part],
+            key=lambda item: list(FAMILIES).index(key(item)),
+        )
+
     return {
         **new,
-        "kernels": new["kernels"] or old["kernels"],
-        "finetune": new["finetune"] or old["finetune"],
+        "kernels": fresh_or_old("kernels", lambda row: row["family"]),
+        "finetune": fresh_or_old("finetune", lambda one: one["plan"]["method"]),
     }
 
 
 def _row(row: Row) -> dict[str, Any]:
     case = row.case
     return {
-        "case": str(case),
-        "dtype": case.dtype,
-        "mode": case.mode,
-        "tokens": case.tokens,
-        "in_features": case.in_features,
-        "out_features": case.out_features,
+        **case.record,
+        "main_pass": case.main_pass,
         "flops": case.flops,
         "bytes": case.bytes,
         "rounds": row.rounds,
@@ -110,13 +126,13 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
+LEFT_OUT = ("main_pass", "flops", "bytes", "not_run", "contenders")
+
+
 def _flat_kernels(results: Results) -> Any:
     """Long format: one line per case, contender and pass."""
     for row in results["kernels"]:
-        head = {
-            key: row[key]
-            for key in ("dtype", "mode", "tokens", "in_features", "out_features", "rounds")
-        }
+        head = {key: value for key, value in row.items() if key not in LEFT_OUT}
         if row["not_run"]:
             yield {**head, "note": "not run: " + row["not_run"]}
         for name, entry in row["contenders"].items():
@@ -135,8 +151,8 @@ def _flat_kernels(results: Results) -> Any:
                     "overhead": overhead.get("value"),
                     "overhead_p10": overhead.get("low"),
                     "overhead_p90": overhead.get("high"),
-                    "max_error_over_peft": error.get("max"),
-                    "mean_error_over_peft": error.get("mean"),
+                    "max_error_over_eager": error.get("max"),
+                    "mean_error_over_eager": error.get("mean"),
                     "saved_bytes": entry["saved_bytes"],
                     "peak_bytes": entry["peak_bytes"],
                     "note": "",
@@ -146,12 +162,13 @@ def _flat_kernels(results: Results) -> Any:
 
 
 def _flat_finetune(results: Results) -> Any:
-    """One line per dtype, kind, seed and step."""
+    """One line per method, dtype, kind, seed and step."""
     for one in results["finetune"]:
         for kind, run in one["runs"].items():
             for seed, losses in enumerate(run["losses"]):
                 for step, loss in enumerate(losses):
                     yield {
+                        "method": one["plan"]["method"],
                         "dtype": one["plan"]["dtype"],
                         "kind": kind,
                         "seed": seed,
@@ -161,7 +178,7 @@ def _flat_finetune(results: Results) -> Any:
 
 
 def _write_csv(path: Path, lines: list[dict[str, Any]]) -> None:
-    columns = list(max(lines, key=len, default={}))
+    columns = list(dict.fromkeys(key for line in lines for key in line))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()

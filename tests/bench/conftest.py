@@ -24,7 +24,7 @@ def steps() -> Any:
 
 @pytest.fixture
 def results() -> dict[str, Any]:
-    """Two rows of the table, one won and one lost, one that did not run, and a tiny fine-tune."""
+    """Of each family two rows, one won and one lost, one that did not run, and a tiny fine-tune."""
 
     def stat(ms: float) -> dict[str, float]:
         return {"median": ms, "p20": 0.9 * ms, "p80": 1.1 * ms}
@@ -45,14 +45,18 @@ def results() -> dict[str, Any]:
             **more,
         }
 
-    def row(tokens: int, not_run: str = "", **contenders: Any) -> dict[str, Any]:
+    def row(family: str, tokens: int, not_run: str = "", **contenders: Any) -> dict[str, Any]:
+        shape = {
+            "lora": {"label": f"{tokens} × 768 → 768", "in_features": 768, "out_features": 768},
+            "adapter": {"label": f"{tokens} × 768 → 48", "features": 768, "bottleneck": 48},
+        }[family]
         return {
-            "case": f"fp32-train-T{tokens}-768x768",
+            "family": family,
             "dtype": "fp32",
             "mode": "train",
             "tokens": tokens,
-            "in_features": 768,
-            "out_features": 768,
+            **shape,
+            "main_pass": "both",
             "flops": 10**9,
             "bytes": 10**7,
             "rounds": 3,
@@ -68,8 +72,15 @@ def results() -> dict[str, Any]:
         "saved_bytes": 1 << 20,
         "peak_bytes": None,
     }
-    won = row(512, frozen=entry(10.0), peft_base=entry(14.0), ours_base=entry(11.0, 0.25))
-    lost = row(2048, frozen=entry(40.0), peft_base=entry(44.0), ours_base=entry(46.0, 1.5))
+    plan = {"dtype": "fp32", "batch": 16, "length": 32, "held_out": 512, "note": ""}
+    won = row("lora", 512, frozen=entry(10.0), peft_base=entry(14.0), ours_base=entry(11.0, 0.25))
+    lost = row("lora", 2048, frozen=entry(40.0), peft_base=entry(44.0), ours_base=entry(46.0, 1.5))
+    quick = {"ln": entry(5.0), "library": entry(21.0), "eager": entry(20.0)}
+    adapters = [
+        row("adapter", 512, **quick, ours=entry(8.0, 0.2)),
+        row("adapter", 2048, **quick, ours=entry(30.0, 1.67, error_ratio={"max": 1, "mean": 1.2})),
+        row("adapter", 8192, not_run="estimated 77 s"),
+    ]
     return {
         "meta": {
             "device": "Some CPU",
@@ -82,15 +93,16 @@ def results() -> dict[str, Any]:
             "versions": {"torch": "2.13.0", "triton": None},
             "load_average": 0.1,
         },
-        "kernels": [won, lost, row(8192, not_run="estimated 99 s")],
+        "kernels": [won, lost, row("lora", 8192, not_run="estimated 99 s"), *adapters],
         "finetune": [
             {
-                "plan": {"dtype": "fp32", "batch": 16, "length": 32, "held_out": 512, "note": ""},
+                "plan": {"method": method, **plan},
                 "trained": True,
                 "replaced": "36 of 36",
                 "runs": dict.fromkeys(("eager", "accelerated", "frozen"), run),
                 "overhead": {"value": 0.2, "low": 0.1, "high": 0.3},
                 "step_overhead": None,
             }
+            for method in ("lora", "adapter")
         ],
     }

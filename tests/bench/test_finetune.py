@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 pytest.importorskip("peft")
+pytest.importorskip("adapters")
 pytest.importorskip("transformers")
 
-from bench import data, finetune
+from bench import data, finetune, methods
 from bench.finetune import KINDS, MIN_STEPS, Plan
 
 CPU = torch.device("cpu")
@@ -45,8 +46,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-def test_eager_and_accelerated_learn_alike() -> None:
-    plan = Plan("fp32", budget_s=60.0, steps=MIN_STEPS, batch=4, length=8, max_seeds=2)
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_eager_and_accelerated_learn_alike(method: str) -> None:
+    plan = Plan(method, "fp32", budget_s=60.0, steps=MIN_STEPS, batch=4, length=8, max_seeds=2)
     one = finetune.finetune(plan, CPU)
     eager, ours, frozen = (one.runs[kind] for kind in KINDS)
     assert len(eager.losses) == len(ours.losses) == len(ours.accuracy) == 2
@@ -62,7 +64,7 @@ def test_eager_and_accelerated_learn_alike() -> None:
 
 @pytest.mark.usefixtures("tiny")
 def test_a_plan_that_cannot_be_kept_is_cut_and_says_so() -> None:
-    plan = Plan("fp32", budget_s=1e-6, steps=100, batch=4, length=8)
+    plan = Plan("lora", "fp32", budget_s=1e-6, steps=100, batch=4, length=8)
     one = finetune.finetune(plan, CPU)
     assert not one.plan.trains
     assert "time budget" in one.plan.note
@@ -72,8 +74,9 @@ def test_a_plan_that_cannot_be_kept_is_cut_and_says_so() -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-def test_frozen_sends_the_gradient_as_far_as_lora() -> None:
-    plan = Plan("fp32", 1.0, MIN_STEPS, batch=2, length=8)
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_frozen_sends_the_gradient_as_far_as_what_is_tuned(method: str) -> None:
+    plan = Plan(method, "fp32", 1.0, MIN_STEPS, batch=2, length=8)
     train, _ = data.load_reviews(train=2, held_out=2, length=8)
     batch = train.batch(torch.arange(2), CPU)
 
@@ -99,11 +102,13 @@ def test_frozen_sends_the_gradient_as_far_as_lora() -> None:
 
 def test_without_fast_bf16_it_is_only_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetune, "has_fast_bf16", lambda device: False)
-    fp32, bf16 = finetune.plans(CPU, 100.0, full=False)
+    fp32, bf16 = finetune.plans("adapter", CPU, 100.0, full=False)
     assert (fp32.dtype, fp32.trains, bf16.dtype, bf16.trains) == ("fp32", True, "bf16", False)
     assert bf16.note
     monkeypatch.setattr(finetune, "has_fast_bf16", lambda device: True)
-    assert all(plan.trains and not plan.note for plan in finetune.plans(CPU, 100.0, full=False))
+    assert all(
+        plan.trains and not plan.note for plan in finetune.plans("lora", CPU, 100.0, full=False)
+    )
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,70 +3,129 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("peft")
+pytest.importorskip("adapters")
 
-from bench import contenders, gate, measure, memory
-from bench.cases import Case, full_cases, quick_cases
+from bench import gate, measure, memory
+from bench.adapter.cases import KINDS, AdapterCase
+from bench.case import Case
+from bench.contender import Contender, NotHere
+from bench.families import FAMILIES, family_of
+from bench.family import Family
+from bench.lora import FAMILY as LORA
+from bench.lora.cases import LoRACase
 
 CPU = torch.device("cpu")
 LIMITS = measure.Limits(sample_s=0.02, round_s=60.0)
 TRAINED = ("x", "lora_a.0", "lora_b.0")
-EAGER = ("frozen", "peft_base", "peft_dropout", "peft_fp32", "addmm")
+LORA_EAGER = ("frozen", "peft_base", "peft_dropout", "peft_fp32", "addmm")
+ADAPTER_EAGER = ("ln", "library", "eager")
+NORMS = ("ln_weight", "ln_bias")
+TRAINED_ADAPTER = ("x", "skip", "down", "down_bias", "up", "up_bias", *NORMS)
+DTYPES = ("fp32", "bf16")
 
 
-@pytest.fixture(params=["fp32", "bf16"])
-def case(request: pytest.FixtureRequest) -> Case:
-    return Case(request.param, 12, 40, 24)
+@pytest.fixture(params=DTYPES)
+def case(request: pytest.FixtureRequest) -> LoRACase:
+    return LoRACase(request.param, 12, 40, 24)
 
 
-@pytest.fixture
-def row(case: Case) -> measure.Row:
-    return measure.measure(case, CPU, LIMITS, (*EAGER, "ours_base", "ours_dropout", "ours[torch]"))
+@pytest.fixture(params=DTYPES)
+def row(request: pytest.FixtureRequest) -> measure.Row:
+    names = (*LORA_EAGER, "ours_base", "ours_dropout", "ours[torch]")
+    return measure.measure(LORA, LoRACase(request.param, 12, 40, 24), CPU, LIMITS, names)
+
+
+def everyone_is_right_and_timed(row: measure.Row) -> None:
+    for name, entry in row.entries.items():
+        assert not entry.wrong
+        timed = set() if entry.missing else {"forward", "backward", "both"}
+        assert set(entry.times) == timed, name
+    assert row.rounds >= 3
+    assert row.entries["ours[torch]"].ran == "torch"
 
 
 def test_everyone_is_right_and_timed(row: measure.Row) -> None:
-    for name, entry in row.entries.items():
-        assert not entry.wrong
-        assert set(entry.times) == (set() if entry.missing else {"forward", "backward", "both"}), (
-            name
-        )
-    assert row.rounds >= 3
-    assert row.entries["ours[torch]"].ran == "torch"
+    everyone_is_right_and_timed(row)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_adapter_is_right_and_timed(kind: str, dtype: str) -> None:
+    names = (*ADAPTER_EAGER, "ours", "ours[torch]")
+    case = AdapterCase(dtype, 12, 40, 8, kind=kind)
+    row = measure.measure(FAMILIES["adapter"], case, CPU, LIMITS, names)
+    everyone_is_right_and_timed(row)
+    assert row.entries["ours"].saved_bytes < row.entries["eager"].saved_bytes  # type: ignore[operator]
 
 
 def test_peft_forms_that_do_not_apply_say_why(row: measure.Row) -> None:
     assert bool(row.entries["peft_fp32"].missing) == (row.case.dtype == "fp32")
 
 
-def test_decoding_has_no_backward(case: Case) -> None:
+@pytest.mark.parametrize(
+    "case", [LoRACase("fp32", 3, 16, 8), AdapterCase("fp32", 3, 16, 4)], ids=str
+)
+def test_who_cannot_run_here_says_why(case: Case) -> None:
+    family = family_of(case)
+    drawn = family.draw(case, CPU)
+    for name in (family.may_fail, "ours[triton]"):
+        with pytest.raises(NotHere) as said:
+            family.build(name, case, drawn)
+        assert str(said.value)
+
+
+def test_decoding_has_no_backward(case: LoRACase) -> None:
     decode = replace(case, mode="decode")
-    row = measure.measure(decode, CPU, LIMITS, ("frozen", "peft_base", "ours_base", "ours_dropout"))
+    row = measure.measure(
+        LORA, decode, CPU, LIMITS, ("frozen", "peft_base", "ours_base", "ours_dropout")
+    )
     assert list(row.entries["ours_base"].times) == ["forward"]
     assert "dropout" in row.entries["ours_dropout"].missing
 
 
+@pytest.mark.parametrize(
+    "case", [LoRACase("bf16", 3, 16, 8), AdapterCase("bf16", 3, 16, 4)], ids=str
+)
 def test_a_row_that_would_take_too_long_is_not_run(case: Case) -> None:
-    row = measure.measure(case, CPU, measure.Limits(sample_s=1.0, round_s=0.0))
+    limits = measure.Limits(sample_s=1.0, round_s=0.0)
+    row = measure.measure(family_of(case), case, CPU, limits)
     assert "estimated" in row.not_run
     assert not row.entries
 
 
-@pytest.mark.parametrize("name", ["addmm", "peft_base", "ours[torch]"])
-def test_gradients_are_those_of_the_row(case: Case, name: str) -> None:
-    contender = contenders.build(name, case, contenders.draw(case, CPU))
-    assert tuple(contender.wrt) == TRAINED
-    assert all(torch.any(value != 0) for value in contender.run().values())
+@pytest.mark.parametrize(
+    ("case", "names", "trained"),
+    [
+        (LoRACase("fp32", 12, 40, 24), ("addmm", "peft_base", "ours[torch]"), TRAINED),
+        (AdapterCase("fp32", 12, 40, 8), ("library", "eager", "ours[torch]"), TRAINED_ADAPTER),
+    ],
+    ids=["lora", "adapter"],
+)
+def test_gradients_are_those_of_the_row(case: Case, names: str, trained: tuple[str, ...]) -> None:
+    family = family_of(case)
+    for name in names:
+        contender = family.build(name, case, family.draw(case, CPU))
+        assert set(contender.wrt) == set(trained)
+        assert all(torch.any(value != 0) for value in contender.run().values())
+
+
+def test_the_layernorm_alone_trains_what_is_its_own() -> None:
+    family, case = FAMILIES["adapter"], AdapterCase("fp32", 12, 40, 8)
+    ln = family.build("ln", case, family.draw(case, CPU))
+    assert set(ln.wrt) == {"x", "skip", *NORMS}
 
 
 @pytest.mark.parametrize("wrong", ["y", *TRAINED])
-def test_gate_stops_a_wrong_result(case: Case, wrong: str) -> None:
-    drawn = contenders.draw(case, CPU)
-    judge = gate.Gate(drawn, TRAINED)
-    contender = contenders.build("ours[torch]", case, drawn)
+def test_gate_stops_a_wrong_result(case: LoRACase, wrong: str) -> None:
+    drawn = LORA.draw(case, CPU)
+    judge = gate.Gate(LORA.oracle, TRAINED)
+    contender = LORA.build("ours[torch]", case, drawn)
     results, keep = judge.run(contender)
     judge.check(contender, results, keep)
     results[wrong] = results[wrong] + 0.5 * results[wrong].abs().mean()
@@ -74,10 +133,10 @@ def test_gate_stops_a_wrong_result(case: Case, wrong: str) -> None:
         judge.check(contender, results, keep)
 
 
-def test_gate_stops_a_missing_gradient_and_nan(case: Case) -> None:
-    drawn = contenders.draw(case, CPU)
-    judge = gate.Gate(drawn, TRAINED)
-    contender = contenders.build("addmm", case, drawn)
+def test_gate_stops_a_missing_gradient_and_nan(case: LoRACase) -> None:
+    drawn = LORA.draw(case, CPU)
+    judge = gate.Gate(LORA.oracle, TRAINED)
+    contender = LORA.build("addmm", case, drawn)
     results, keep = judge.run(contender)
     with pytest.raises(gate.WrongResult, match="returned no lora_a"):
         judge.check(contender, {k: v for k, v in results.items() if k != "lora_a.0"}, keep)
@@ -86,30 +145,45 @@ def test_gate_stops_a_missing_gradient_and_nan(case: Case) -> None:
         judge.check(contender, results, keep)
 
 
-def test_gate_knows_our_dropout_mask(case: Case) -> None:
-    drawn = contenders.draw(case, CPU)
-    judge = gate.Gate(drawn, TRAINED)
-    contender = contenders.build("ours_dropout", case, drawn)
+def test_gate_knows_our_dropout_mask(case: LoRACase) -> None:
+    drawn = LORA.draw(case, CPU)
+    judge = gate.Gate(LORA.oracle, TRAINED)
+    contender = LORA.build("ours_dropout", case, drawn)
     results, keep = judge.run(contender)
     assert not keep[0].all()
     judge.check(contender, results, keep)
     with pytest.raises(gate.WrongResult):
-        gate.Gate(drawn, TRAINED).check(contender, results, [~keep[0]])
+        gate.Gate(LORA.oracle, TRAINED).check(contender, results, [~keep[0]])
 
 
-def test_a_wrong_contender_gets_no_time(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = contenders.build
+@pytest.mark.parametrize("wrong", ["y", *TRAINED_ADAPTER])
+def test_gate_stops_a_wrong_adapter(wrong: str) -> None:
+    family, case = FAMILIES["adapter"], AdapterCase("fp32", 12, 40, 8)
+    judge = gate.Gate(family.oracle, TRAINED_ADAPTER)
+    contender = family.build("ours[torch]", case, family.draw(case, CPU))
+    results, keep = judge.run(contender)
+    judge.check(contender, results, keep)
+    results[wrong] = results[wrong] + 0.01 * results[wrong].abs().mean()
+    with pytest.raises(gate.WrongResult, match=wrong):
+        judge.check(contender, results, keep)
 
-    def broken(name: str, *args: object) -> contenders.Contender:
-        contender = build(name, *args)  # type: ignore[arg-type]
+
+def test_who_is_wrong_or_fails_gets_no_time(case: LoRACase) -> None:
+    def build(name: str, *args: Any) -> Contender:
+        contender = LORA.build(name, *args)
+        right = contender.forward
         if name == "addmm":
-            contender.forward = lambda forward=contender.forward: forward() * 1.5  # type: ignore[misc]
+            contender.forward = lambda: right() * 1.5
+        if name == "ours_base":
+            contender.forward = lambda: 1 // 0  # type: ignore[assignment]
         return contender
 
-    monkeypatch.setattr(contenders, "build", broken)
-    row = measure.measure(case, CPU, LIMITS, ("frozen", "peft_base", "addmm"))
+    names = ("frozen", "peft_base", "addmm", "ours_base")
+    row = measure.measure(replace(LORA, build=build), case, CPU, LIMITS, names)
     assert "addmm is wrong" in row.entries["addmm"].wrong
+    assert "ours_base failed: ZeroDivisionError" in row.entries["ours_base"].wrong
     assert not row.entries["addmm"].times
+    assert not row.entries["ours_base"].times
     assert row.entries["peft_base"].times
 
 
@@ -141,10 +215,10 @@ def test_peak_sees_what_is_alive_at_once() -> None:
     assert peak is None or 31 << 20 <= peak < 44 << 20  # pages are counted in batches
 
 
-def test_row_lists() -> None:
-    for cases in (quick_cases(), full_cases()):
-        assert len(set(cases)) == len(cases)
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_row_lists(family: Family) -> None:
+    for cases in (family.quick(), family.full()):
+        assert len(set(map(str, cases))) == len(cases)
         assert any(case.compiled for case in cases)
-    assert {replace(case, compiled=False) for case in quick_cases()} <= {
-        replace(case, compiled=False) for case in full_cases()
-    }
+        assert all(family_of(case) is family for case in cases)
+    assert set(map(str, family.quick())) <= set(map(str, family.full()))

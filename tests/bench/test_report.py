@@ -8,6 +8,8 @@ import pytest
 
 from bench import environment, report
 from bench import results as records
+from bench.lora.tables import mean_overheads
+from bench.tables import LOST, lost, marked
 
 Results = dict[str, Any]
 
@@ -16,25 +18,52 @@ def test_losses_are_shown_and_marked(results: Results) -> None:
     text = report.markdown(results, Path("/nowhere/results"), Path("/nowhere"))
     (won,) = (line for line in text.splitlines() if "| 11.00 |" in line)
     (lost,) = (line for line in text.splitlines() if "| 46.00 |" in line)
-    assert report.LOST not in won
+    assert LOST not in won
     assert "+0.25" in won
-    assert f"+1.50 {report.LOST}" in lost
+    assert f"+1.50 {LOST}" in lost
     assert "Slower than PEFT in 1 of 2 comparisons" in text
 
 
-def test_rows_that_did_not_run_are_listed_with_the_reason(results: Results) -> None:
-    (table,) = [t for t in report.tables(results) if t.title == "Not run"]
-    assert table.rows == [["fp32 8192 × 768 → 768", "estimated 99 s"]]
+def test_adapters_are_compared_with_the_layernorm_and_with_eager(results: Results) -> None:
+    table = report.tables(results, "adapter")[1]
+    won, lost = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
+    assert (won["ours / LN"], won["ours / eager"], won["error / eager"]) == ("1.60", "0.40", "0.90")
+    assert (lost["ours / LN"], lost["ours / eager"]) == ("6.00", f"1.50 {LOST}")
+    assert (lost["fwd / eager"], lost["error / eager"]) == (f"1.50 {LOST}", f"1.20 {LOST}")
+    lines = " ".join(report.headlines(results, "adapter"))
+    assert "Slower than eager PyTorch in 1 of 2 rows" in lines
+    assert "fp32, mean of 2 rows: forward and backward take 0.77 × eager's time" in lines
+
+
+@pytest.mark.parametrize(("ratio", "is_lost"), [(0.98, False), (1.004, False), (1.006, True)])
+def test_a_near_tie_is_no_loss(ratio: float, is_lost: bool) -> None:
+    assert lost(ratio) == is_lost
+    assert marked("cell", ratio) == (f"cell {LOST}" if is_lost else "cell")
+
+
+@pytest.mark.parametrize(
+    ("family", "row"),
+    [
+        ("lora", ["fp32 8192 × 768 → 768", "estimated 99 s"]),
+        ("adapter", ["fp32 8192 × 768 → 48", "estimated 77 s"]),
+    ],
+)
+def test_rows_that_did_not_run_are_listed_with_the_reason(
+    results: Results, family: str, row: list[str]
+) -> None:
+    (table,) = [t for t in report.tables(results, family) if t.title == "Not run"]
+    assert table.rows == [row]
 
 
 def test_mean_overhead(results: Results) -> None:
-    assert report.mean_overheads(results, "fp32") == pytest.approx({"base": 0.875})
+    means = mean_overheads(records.rows_of(results, "lora"), "fp32")
+    assert means == pytest.approx({"base": 0.875})
 
 
 def test_a_wrong_result_stays_in_the_table(results: Results) -> None:
     ours = results["kernels"][0]["contenders"]["ours_base"]
     ours.update(times={}, overhead={}, wrong="ours_base is wrong", error_ratio=None)
-    assert f"WRONG {report.LOST}" in report.markdown(results, Path("/r/x"), Path("/r"))
+    assert f"WRONG {LOST}" in report.markdown(results, Path("/r/x"), Path("/r"))
 
 
 def test_readme_changes_between_the_marks_only(results: Results, tmp_path: Path) -> None:
@@ -71,22 +100,24 @@ def test_files(results: Results, tmp_path: Path) -> None:
         ("512", "11.0", "0.25"),
         ("2048", "46.0", "1.5"),
     ]
-    assert [x["note"] for x in lines if x["note"]] == ["not run: estimated 99 s"]
+    ours = [x for x in lines if x["contender"] == "ours" and x["pass"] == "forward"]
+    assert [(x["features"], x["bottleneck"]) for x in ours] == [("768", "48")] * 2
+    notes = [x["note"] for x in lines if x["note"]]
+    assert notes == ["not run: estimated 99 s", "not run: estimated 77 s"]
     with (tmp_path / "finetune.csv").open(newline="") as file:
-        assert [x["loss"] for x in csv.DictReader(file) if x["kind"] == "eager"] == [
-            "0.7",
-            "0.6",
-            "0.5",
-        ]
+        lines = [x for x in csv.DictReader(file) if x["kind"] == "eager"]
+    assert [x["loss"] for x in lines] == ["0.7", "0.6", "0.5"] * 2
+    assert [x["method"] for x in lines] == ["lora"] * 3 + ["adapter"] * 3
 
 
-def test_a_part_that_was_not_run_is_kept(results: Results, tmp_path: Path) -> None:
+def test_what_was_not_run_is_kept(results: Results, tmp_path: Path) -> None:
     records.save(results, tmp_path)
-    new = {"meta": {"commit": "new"}, "kernels": [], "finetune": ["again"]}
+    again = [{"plan": {"method": "lora"}, "again": True}]
+    new = {"meta": {"commit": "new"}, "kernels": [], "finetune": again}
     assert records.merged(new, tmp_path) == {
         "meta": {"commit": "new"},
         "kernels": results["kernels"],
-        "finetune": ["again"],
+        "finetune": [*again, results["finetune"][1]],
     }
 
 
@@ -95,7 +126,7 @@ def test_pictures(results: Results, tmp_path: Path) -> None:
     from bench import plots
 
     drawn = plots.plot_all(results, tmp_path)
-    assert [path.name for path in drawn] == ["overhead.png", "finetune.png"]
+    assert [path.name for path in drawn] == ["overhead.png", "adapter.png", "finetune.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
     empty = {**results, "kernels": [], "finetune": []}
     assert plots.plot_all(empty, tmp_path) == []

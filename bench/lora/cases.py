@@ -1,14 +1,14 @@
-"""The rows of the kernel table."""
+"""The rows of the LoRA linear."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from pelt_fast.testing.workloads import Adapter
 from pelt_fast.testing.workloads import Case as Workload
+
+from ..case import DTYPES, Case, with_compile
 
 RANK = 8
 SCALING = 2.0
@@ -17,35 +17,35 @@ SHAPES = ((768, 768), (768, 3072), (3072, 768), (1024, 1024))
 TOKENS = (1, 8, 16, 512, 2048, 8192)
 DECODE_TOKENS = (1, 2, 4, 8, 16)
 DECODE_SHAPE = (4096, 4096)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Case:
-    """One row: a training step (forward, backward), or a decoding step (forward, no gradient)."""
+class LoRACase(Case):
+    """One linear with one adapter of rank `RANK`."""
 
-    dtype: str
-    tokens: int
+    family: ClassVar[str] = "lora"
+
     in_features: int
     out_features: int
-    mode: str = "train"  # | "decode"
-    compiled: bool = False  # torch.compile is a contender here
-
-    def __str__(self) -> str:
-        return f"{self.dtype}-{self.mode}-T{self.tokens}-{self.in_features}x{self.out_features}"
 
     @property
-    def train(self) -> bool:
-        return self.mode == "train"
-
-    @property
-    def passes(self) -> tuple[str, ...]:
-        return ("forward", "backward", "both") if self.train else ("forward",)
+    def label(self) -> str:
+        return f"{self.tokens} × {self.in_features} → {self.out_features}"
 
     @property
     def workload(self) -> Workload:
         adapter = Adapter(RANK, SCALING)
         return Workload(str(self), (self.tokens,), self.in_features, self.out_features, (adapter,))
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        shape = (self.in_features, self.out_features, self.tokens)
+        return (list(DTYPES).index(self.dtype), not self.train, *shape)
+
+    @property
+    def work(self) -> tuple[int, int]:
+        """The frozen linear is nearly all of it."""
+        return self.frozen_flops, 0
 
     @property
     def frozen_flops(self) -> int:
@@ -69,47 +69,31 @@ class Case:
         return (forward + (backward if self.train else 0)) * DTYPES[self.dtype].itemsize
 
 
-def quick_cases() -> list[Case]:
+def quick_cases() -> list[LoRACase]:
     """Representative rows, the short ones first, so that a spent budget cuts off few."""
     both = ("fp32", "bf16")
-    rows = [Case(dtype, t, 768, 768) for t in (1, 16) for dtype in both]
-    rows += [Case("fp16", 16, 768, 768)]
-    rows += [Case(dtype, t, *DECODE_SHAPE, mode="decode") for t in (1, 16) for dtype in both]
-    rows += [Case(dtype, t, *shape) for t in (512, 2048) for shape in SHAPES for dtype in both]
-    rows += [Case(dtype, 8192, 768, 768) for dtype in both]
-    return _with_compile(
+    rows = [LoRACase(dtype, t, 768, 768) for t in (1, 16) for dtype in both]
+    rows += [LoRACase("fp16", 16, 768, 768)]
+    rows += [LoRACase(dtype, t, *DECODE_SHAPE, mode="decode") for t in (1, 16) for dtype in both]
+    rows += [LoRACase(dtype, t, *shape) for t in (512, 2048) for shape in SHAPES for dtype in both]
+    rows += [LoRACase(dtype, 8192, 768, 768) for dtype in both]
+    return with_compile(
         rows, lambda case: case.tokens == 512 and case.in_features == 768 == case.out_features
     )
 
 
-def full_cases() -> list[Case]:
+def full_cases() -> list[LoRACase]:
     """Every row."""
     rows = [
-        Case(dtype, tokens, *shape)
+        LoRACase(dtype, tokens, *shape)
         for dtype in ("fp32", "bf16")
         for shape in SHAPES
         for tokens in TOKENS
     ]
-    rows += [Case("fp16", tokens, 768, 768) for tokens in TOKENS]
+    rows += [LoRACase("fp16", tokens, 768, 768) for tokens in TOKENS]
     rows += [
-        Case(dtype, tokens, *DECODE_SHAPE, mode="decode")
+        LoRACase(dtype, tokens, *DECODE_SHAPE, mode="decode")
         for dtype in ("fp32", "bf16", "fp16")
         for tokens in DECODE_TOKENS
     ]
-    return _with_compile(rows, lambda case: case.tokens in (16, 512, 2048))
-
-
-def _with_compile(rows: list[Case], wanted: Callable[[Case], bool]) -> list[Case]:
-    return [replace(case, compiled=case.train and wanted(case)) for case in rows]
-
-
-def sort_key(case: Case) -> tuple[int, bool, int, int, int]:
-    """The order in which rows are shown."""
-    dtypes = list(DTYPES)
-    return (
-        dtypes.index(case.dtype),
-        not case.train,
-        case.in_features,
-        case.out_features,
-        case.tokens,
-    )
+    return with_compile(rows, lambda case: case.tokens in (16, 512, 2048))

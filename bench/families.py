@@ -1,0 +1,12 @@
+"""The families whose kernels are measured, in the order in which they are shown."""
+
+from .adapter import FAMILY as ADAPTER
+from .case import Case
+from .family import Family
+from .lora import FAMILY as LORA
+
+FAMILIES = {family.name: family for family in (LORA, ADAPTER)}
+
+
+def family_of(case: Case) -> Family:
+    return FAMILIES[case.family]
