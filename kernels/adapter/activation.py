@@ -97,7 +97,7 @@ def _gelu_inner(q):
 
 @triton.jit
 def _tanh(q):
-    """Near zero 1 - 2 / (e²ᵠ + 1) cancels: there the polynomial of Cephes' `tanhf`, good to a unit in the last place."""
+    """Near zero 1 - 2 / (e²ᵠ + 1) cancels: there it is the polynomial of Cephes' `tanhf`."""
     z = q * q
     poly = -5.70498872745e-3 * z + 2.06390887954e-2
     poly = poly * z - 5.37397155531e-2

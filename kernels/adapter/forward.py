@@ -3,13 +3,15 @@
     z = x + skip or x;  v = LN(z) or z;  q = v Dᵀ + db;  a = act(q);  w = a Uᵀ + ub
     s = gate · scale · keep · scaling / (1 - p) · w + x + skip;  y = LN(s) or s
 
-x, skip, y (T, d); D (m, d), U (d, m); q (T, m) in x's dtype and the statistics (T, 2) fp32 of each layernorm are kept
-for backward. fp32 accumulation and statistics; v, q and a are rounded to x's dtype, y once. Masks are made in registers.
+x, skip, y (T, d); D (m, d), U (d, m); q (T, m) in x's dtype and the statistics (T, 2) fp32 of each layernorm are
+kept for backward. fp32 accumulation and statistics; v, q and a are rounded to x's dtype, y once. Masks are made in
+registers.
 
-Parallelism: blocks of rows; a program walks its rows in chunks of BLOCK_D columns, three times at most: statistics of z,
-q, s. s stays in registers until its statistics are known where it fits (HELD), else w is made a second time.
-Bound: HBM; bytes = x + skip + D + U + y + q. Programs load x again for each walk, and D and U each for itself: these come
-from L1 and L2 (a block's x is 16 to 64 rows), and L2 is the next bound, through D and U, when blocks are short.
+Parallelism: blocks of 16 to 64 rows; a program walks its rows in chunks of block_d columns, up to four times: the
+statistics of z, q, the statistics of s, y. Where a block fits into registers (HELD) s stays there between the last two;
+elsewhere w is made a second time, which costs a product of rank m and U out of L2, no byte of HBM.
+Bound: HBM; bytes = x + skip + D + U + y + q. What programs load is several times that: x once for each walk, which a
+block finds in L1 or L2, and D and U once for each block, out of L2, the next bound when blocks are short.
 Deterministic: always.
 """
 

@@ -3,15 +3,15 @@
     dU = dwᵀ a;  dub = Σ dw;  dscale = Σ ds · gate · e;  dγ = Σ dy · n;  dβ = Σ dy           (n: s normalised)
     dD = dqᵀ v;  ddb = Σ dq;  dγ' = Σ dv · n';  dβ' = Σ dv,  dv = dq D                        (n': z normalised)
 
-dy, x, skip (T, d); q, dq (T, m); `sums` (T, 2) from `grad_rows`. A program owns BLOCK_D columns of a strip of tokens and a
-tile of the bottleneck; what it needs of w, s, ds and dw it makes again. Every output has its own switch, None.
+dy, x, skip (T, d); a, dq (T, m) and `sums` (T, 2) from `grad_rows`. A program owns block_d columns of a strip of tokens
+and a tile of the bottleneck; what it needs of w, s, ds and dw it makes again. Every output has its own switch, None.
 
 Accumulators are fp32. One strip: a program writes its gradients in the parameters' dtypes. Several, or several slabs of
 rows: partials [strips, ...], into which a later slab adds, summed in order by `common.reduce` afterwards.
 
-Bound: HBM; bytes = dy + x + skip + q + dq + D + U + the gradients + 8 · strips · (2 · d · m + vectors). Narrow column
-blocks instead of many strips fill the GPU: partials then stay a small part of the bytes; q and dq are read by every
-column block, out of L2. Called slab by slab after `grad_rows`, it finds dy, x and skip in L2.
+Bound: HBM; bytes = dy + x + skip + a + dq + D + U + the gradients + 8 · strips · (2 · d · m + vectors). Narrow column
+blocks rather than many strips fill the GPU, so that partials stay a small part of the bytes; every column block reads a
+and dq, out of L2. Called slab by slab after `grad_rows`, it finds dy, x and skip in L2 too.
 Deterministic: always.
 """
 
@@ -76,7 +76,7 @@ class ColumnGrads(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def default_config(problem: Any) -> ColumnsConfig:
-    """Column blocks as narrow as a sector of 32 bytes; strips to fill the GPU, as far as their partials are few bytes."""
+    """Column blocks as narrow as a sector of 32 bytes; strips to fill the GPU, if their partials are few bytes."""
     wide = itemsize(problem.dtype) == 4
     t, d, m = problem.tokens, problem.features, problem.bottleneck
     block_m = power_of_two(m, 16, 64 if wide else 128)
@@ -161,25 +161,26 @@ def _adapter_columns_kernel(
         rows = (t + tl.arange(0, FORM.block_t)).to(tl.int64)
         live_t = (rows < end) & (rows < first_row + strip_rows)
         if NEED_DS or grads.ln_bias is not None:
+            dy = row_tile(dy_ptr, stride_dyt, rows, live_t, columns, live_c)
+            if grads.ln_bias is not None:
+                d_ln_bias += dy
+        if NEED_DS:
             gate = gate_of_rows(ops, rows, live_t)
             mean = tl.zeros([FORM.block_t], tl.float32)
             rstd, first, second = mean, mean, mean
             if ops.ln_weight is not None:
                 mean, rstd = load_pair(post_stats_ptr, rows, live_t)
-                if sums_ptr is not None:
-                    first, second = load_pair(sums_ptr, rows, live_t)
+            if sums_ptr is not None:
+                first, second = load_pair(sums_ptr, rows, live_t)
             a = ()
             if NEED_W:
                 a = bottleneck_tiles(a_ptr, ops, rows, live_t, FORM)
-            dy = row_tile(dy_ptr, stride_dyt, rows, live_t, columns, live_c)
             e, normal, ds = expanded_and_upstream(
                 *(ops, a, dy, rows, live_t, start, columns, live_c),
                 *(gate, mean, rstd, first, second, NEED_E, FORM),
             )
             if grads.ln_weight is not None:
                 d_ln_weight += dy * normal
-            if grads.ln_bias is not None:
-                d_ln_bias += dy
             if grads.scale is not None:
                 d_scale += ds * gate * e
             if grads.up is not None or grads.up_bias is not None:

@@ -5,11 +5,14 @@
 
     LN'(g) = rstd · (g·γ - mean(g·γ) - n · mean(g·γ·n)),  n the normalised row: the two means are `sums` (T, 2)
 
-dy, x, skip, dx, dskip (T, d); q, dq (T, m) in x's dtype. Every output has its own switch, None. w and s are made again from
-q; dw and dq are rounded to x's dtype before they are multiplied, the results once.
+dy, x, skip, dx, dskip (T, d); q, a, dq (T, m) in x's dtype. Every output has its own switch, None. w and s are made
+again from q; dw and dq are rounded to x's dtype before they are multiplied, the results once. a and dq are for
+`grad_columns`.
 
-Parallelism: blocks of rows; a program walks its rows four times at most: the two means of s, da, the two means of z, dx.
-Bound: HBM; bytes = dy + x + skip + D + U + q + dx + dskip + dq; the walks after the first load from L1 and L2.
+Parallelism: blocks of 16 or 32 rows; a program walks its rows in chunks of block_d columns, up to four times: the
+means of s, da, the means of z, dx.
+Bound: HBM; bytes = dy + x + skip + D + U + q + dx + dskip + a + dq. The walks after the first find their rows in L1 or
+L2; D and U come out of L2 once for each product of each block.
 Deterministic: always.
 """
 
@@ -316,18 +319,15 @@ def _adapter_rows_kernel(
     rstd, first, second = mean, mean, mean
     pre_mean, pre_rstd, pre_first, pre_second = mean, mean, mean, mean
     NEED_DZ: tl.constexpr = dx_ptr is not None or (dskip_ptr is not None and FORM.skip_in)
-    NEED_DS: tl.constexpr = FORM.residual_x or FORM.residual_skip
+    NEED_DS: tl.constexpr = (dx_ptr is not None and FORM.residual_x) or (
+        dskip_ptr is not None and FORM.residual_skip
+    )
+    NEED_DA: tl.constexpr = dq_ptr is not None or dgate_ptr is not None
 
     a = ()
     if ops.ln_weight is not None or dgate_ptr is not None or a_ptr is not None:
         a = _activated_again(ops, q_ptr, a_ptr, rows, live_t, FORM)
-    NEED_MEANS: tl.constexpr = (
-        dq_ptr is not None
-        or dgate_ptr is not None
-        or sums_ptr is not None
-        or (dskip_ptr is not None and FORM.residual_skip)
-    )
-    if ops.ln_weight is not None and NEED_MEANS:
+    if ops.ln_weight is not None and (NEED_DA or NEED_DS or sums_ptr is not None):
         mean, rstd = load_pair(post_stats_ptr, rows, live_t)
         first, second = _output_means(
             ops, a, dy_ptr, stride_dyt, rows, live_t, gate, mean, rstd, FORM
@@ -335,7 +335,7 @@ def _adapter_rows_kernel(
         if sums_ptr is not None:
             store_pair(sums_ptr, rows, live_t, first, second)
 
-    if dq_ptr is not None or dgate_ptr is not None:
+    if NEED_DA:
         da, dgate = _into_bottleneck(
             *(ops, a, dy_ptr, stride_dyt, rows, live_t, gate, mean, rstd, first, second),
             dtype=q_ptr.dtype.element_ty,

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from pelt_fast.testing import oracle
+from pelt_fast.testing import adapter_oracle, oracle
+from pelt_fast.testing.adapter_workloads import AdapterInputs
 from pelt_fast.testing.workloads import Adapter, Case, LoRAInputs
 
+AnyKernels = TypeVar("AnyKernels", bound="Kernels")
 SEED = -0x0123456789ABCDEF  # both halves of Philox's key differ, and the sign bit is set
 
 
@@ -64,13 +68,45 @@ class Kernels:
         return {name: value for name, value in results.items() if value is not None}
 
 
+@dataclass(frozen=True)
+class AdapterKernels(Kernels):
+    """The same of the bottleneck adapter; results fit `adapter_oracle.as_rows` of the inputs."""
+
+    def seed(self, inputs: AdapterInputs) -> Tensor | None:
+        return torch.tensor([SEED], device=self.device) if inputs.dropout_p else None
+
+    def mask(self, inputs: AdapterInputs) -> Tensor | None:
+        return adapter_oracle.mask(inputs, self.seed(inputs))
+
+    def launch(self, inputs: AdapterInputs, wanted: Iterable[str] | None = None) -> oracle.Results:
+        from pelt_fast.backends.triton_ import adapter
+
+        return adapter_oracle.run_backend(adapter, inputs, self.seed(inputs), wanted)
+
+    def run_wanted(self, inputs: AdapterInputs, wanted: Iterable[str]) -> oracle.Results:
+        """`run` that asks for these gradients alone."""
+        from pelt_fast.testing.gpu_free import Trace
+
+        with self.context(Trace("random")):
+            return self.launch(inputs, wanted)
+
+
 @pytest.fixture
 def kernels(device: str) -> Kernels:
+    return _on(device, Kernels)
+
+
+@pytest.fixture
+def adapter_kernels(device: str) -> AdapterKernels:
+    return _on(device, AdapterKernels)
+
+
+def _on(device: str, kind: type[AnyKernels]) -> AnyKernels:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         pytest.skip(
             "TRITON_INTERPRET=1 keeps Triton from compiling; these tests interpret by themselves"
         )
-    return Kernels(device)
+    return kind(device)
 
 
 @pytest.fixture(params=["tiles and strips", "split reduction"])
@@ -79,3 +115,30 @@ def several_programs(request: pytest.FixtureRequest) -> Case:
     if request.param == "split reduction":
         return Case("split", (20,), 1040, 24, (Adapter(20),))
     return Case("tiles", (70,), 132, 70, (Adapter(20, 0.5, 0.25),))
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.fixture
+def far_rows(tmp_path: Path) -> Callable[[Tensor, str], Tensor]:
+    """The same rows, 2**30 elements apart, in the middle of storage that takes up no memory until it is written."""
+
+    def moved(rows: Tensor, name: str) -> Tensor:
+        stride, middle = 2**30, 2**31
+        size = 2 * middle + rows.shape[1]
+        if rows.device.type == "cpu":
+            path = str(tmp_path / name)
+            storage = torch.from_file(path, shared=True, size=size, dtype=rows.dtype)
+        else:
+            storage = torch.zeros(size, dtype=rows.dtype, device=rows.device)
+        far = storage.as_strided(rows.shape, (stride, 1), middle)
+        far.copy_(rows)
+        return far
+
+    return moved

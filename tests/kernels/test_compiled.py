@@ -1,14 +1,12 @@
 """Every kernel compiles through its launch function for each architecture and passes the gates on its machine code."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 
 from pelt_fast.testing.workloads import Adapter, Case
 
 pytest.importorskip("triton")
-from pelt_fast.testing.gpu_free import compiling, inspect_kernel, violations
+from pelt_fast.testing.gpu_free import compiling, inspect_launches, violations
 from pelt_fast.testing.gpu_free.sass import BINARIES
 
 pytestmark = pytest.mark.skipif(
@@ -27,9 +25,7 @@ LORA_KERNELS = {
 def _reports(kernels, inputs, capability):
     with compiling(capability) as launches:
         kernels.launch(inputs)
-    distinct = {(launch.name, id(launch.kernel)): launch for launch in launches}
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(inspect_kernel, distinct.values()))
+    return inspect_launches(launches)
 
 
 def _check(reports, tensor_core, aligned):

@@ -110,7 +110,9 @@ def test_unsupported_gives_reasons():
 def test_dropout_is_fused_and_unaligned_rows_are_not():
     assert choice.prefers_fused(_problem(dropout=True))
     assert not choice.prefers_fused(_problem(in_features=1023))
-    assert triton_lora.priority(_problem(dropout=True)) > triton_lora.priority(_problem(in_features=1023))
+    assert triton_lora.priority(_problem(dropout=True)) > triton_lora.priority(
+        _problem(in_features=1023)
+    )
     assert triton_lora.priority(_problem(device_type="cpu")) == 0
 
 

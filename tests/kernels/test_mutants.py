@@ -22,7 +22,9 @@ def broken(monkeypatch, tmp_path, kernels):
         pytest.skip("a broken kernel may take a GPU down")
 
     def put(file, old, new):
-        monkeypatch.setattr(triton_lora, file, mutant(getattr(triton_lora, file), old, new, tmp_path))
+        monkeypatch.setattr(
+            triton_lora, file, mutant(getattr(triton_lora, file), old, new, tmp_path)
+        )
 
     return put
 

@@ -79,14 +79,6 @@ def test_fp16_near_overflow(kernels):
     assert_accurate(results, inputs, kernels.masks(inputs))
 
 
-@pytest.fixture
-def tf32():
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
-
-
 def test_fp32_products_are_tf32_where_torch_allows_it(kernels, tf32):
     inputs = Case("tf32", (16,), 64, 32).make(torch.float32, kernels.device)
     exact = oracle.exact(inputs, kernels.masks(inputs), ["x"])
@@ -95,27 +87,14 @@ def test_fp32_products_are_tf32_where_torch_allows_it(kernels, tf32):
         assert 1e-5 < error < 1e-2, name
 
 
-def test_rows_past_two_to_the_31(kernels, tmp_path):
+def test_rows_past_two_to_the_31(kernels, far_rows):
     """Strides of 2**30 elements: the third row begins where a 32-bit offset has turned negative."""
     case = Case("far_rows", (3,), 40, 40)
     inputs = case.make(torch.float16, kernels.device)
-    far = inputs.map(lambda name, t: _far_rows(t, tmp_path / name) if name in ("x", "dy") else t)
+    far = inputs.map(lambda name, t: far_rows(t, name) if name in ("x", "dy") else t)
     near = kernels.run(inputs)
     for name, value in kernels.run(far).items():
         assert torch.equal(value, near[name]), name
-
-
-def _far_rows(rows, path):
-    """The same rows, 2**30 elements apart, in the middle of storage that takes up no memory until it is written."""
-    stride, middle = 2**30, 2**31
-    size = 2 * middle + rows.shape[1]
-    if rows.device.type == "cpu":
-        storage = torch.from_file(str(path), shared=True, size=size, dtype=rows.dtype)
-    else:
-        storage = torch.zeros(size, dtype=rows.dtype, device=rows.device)
-    far = storage.as_strided(rows.shape, (stride, 1), middle)
-    far.copy_(rows)
-    return far
 
 
 def _shaped(results, inputs):

@@ -15,8 +15,7 @@ from ...kernels.adapter import choice, forward, grad_columns, grad_rows
 from ...kernels.adapter.grad_columns import ColumnGrads, Partials
 from ...kernels.adapter.operands import Form, Operands
 from ...random import keep_scale
-from .lora import _arch as arch_of
-from .lora import _precision as precision_of
+from .device import arch_of, device_reasons, precision_of
 
 
 class _Shapes(NamedTuple):
@@ -38,7 +37,7 @@ class _Shapes(NamedTuple):
 
 def unsupported(problem: Any) -> list[str]:
     """Why these kernels cannot run the problem; empty when they can."""
-    return list(forward.unsupported(problem))
+    return forward.unsupported(problem) + device_reasons(problem)
 
 
 def priority(problem: Any) -> int:

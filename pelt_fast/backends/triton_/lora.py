@@ -7,18 +7,15 @@ adapters run in one launch, their ranks side by side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from ...env import env
 from ...kernels.common.adapters import AdapterTable
-from ...kernels.common.hardware import capability
 from ...kernels.lora import choice, grad_a, grad_b, linear, shrink
 from ...random import keep_scale
+from .device import arch_of, device_reasons, precision_of
 
 _MAX_RANK = 256
 
@@ -41,17 +38,7 @@ def unsupported(problem: Any) -> list[str]:
     reasons = list(linear.unsupported(problem))
     if max(problem.ranks) > _MAX_RANK:
         reasons.append(f"rank {max(problem.ranks)} is above {_MAX_RANK}")
-    if problem.device_type == "cpu":
-        if not (env.triton_cpu or triton.knobs.runtime.interpret):
-            reasons.append(
-                "x is on the CPU; Triton needs a GPU, TRITON_INTERPRET=1, "
-                "or a stand-in driver with PELT_FAST_TRITON_CPU=1"
-            )
-    elif problem.device_type != "cuda":
-        reasons.append(f"device type {problem.device_type!r} is not served")
-    elif capability(problem.arch) < 80:
-        reasons.append(f"{problem.arch} is older than sm_80")
-    return reasons
+    return reasons + device_reasons(problem)
 
 
 def priority(problem: Any) -> int:
@@ -59,28 +46,6 @@ def priority(problem: Any) -> int:
     if problem.device_type != "cuda":
         return 0
     return 40 if choice.prefers_fused(problem) else 5
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """fp32 products are exact unless torch was told that its own may use tf32."""
-    if dtype != torch.float32:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-@cache
-def _arch_of(index: int) -> str:
-    major, minor = torch.cuda.get_device_capability(index)
-    return f"sm_{major}{minor}"
-
-
-def _arch(device: torch.device) -> str:
-    if device.type == "cuda":
-        return _arch_of(device.index)
-    try:
-        return f"sm_{triton.runtime.driver.active.get_current_target().arch}"
-    except RuntimeError:  # interpreted, with no driver at all
-        return "sm_80"
 
 
 def _side_by_side(parts: Sequence[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
@@ -116,7 +81,7 @@ def lora_linear_fwd(
     ranks = tuple([a.shape[0] for a in lora_a])
     shapes = _Shapes(
         "lora_linear_fwd",
-        _arch(x.device),
+        arch_of(x.device),
         dtype,
         tokens,
         in_features,
@@ -127,7 +92,7 @@ def lora_linear_fwd(
     scales = [s * keep_scale(p) for s, p in zip(scaling, dropout_p, strict=True)]
     table = AdapterTable.make(ranks, scales, dropout_p)
     s, y = x.new_empty((tokens, sum(ranks))), x.new_empty((tokens, out_features))
-    precision = _precision(dtype)
+    precision = precision_of(dtype)
     with torch.cuda.device_of(x):
         a, b = _side_by_side(lora_a, 0, dtype), _side_by_side(lora_b, 1, dtype)
         shrink.launch_shrink(x, a, s, table, seed, shrink.default_config(shapes), precision)
@@ -167,7 +132,7 @@ def lora_linear_bwd(
     ranks = tuple([a.shape[0] for a in lora_a])
     shapes = _Shapes(
         "lora_linear_bwd",
-        _arch(dy.device),
+        arch_of(dy.device),
         dtype,
         tokens,
         in_features,
@@ -175,7 +140,7 @@ def lora_linear_bwd(
         ranks,
         seed is not None,
     )
-    precision = _precision(dtype)
+    precision = precision_of(dtype)
     need_ds, need_sums = need_dx or any(need_da), need_dbias or any(need_dlora_bias)
     ds = dy.new_empty((tokens, sum(ranks))) if need_ds else None
     sums = dy.new_empty(out_features, dtype=torch.float32) if need_sums else None

@@ -14,7 +14,7 @@ Nothing here gives a time.
 from .compile import CompiledLaunch, compiling
 from .interpreter import interpreting
 from .mutate import mutant
-from .sass import KernelReport, inspect_kernel, violations
+from .sass import KernelReport, inspect_kernel, inspect_launches, violations
 from .trace import LaunchTrace, Trace, Violation
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Violation",
     "compiling",
     "inspect_kernel",
+    "inspect_launches",
     "interpreting",
     "mutant",
     "violations",

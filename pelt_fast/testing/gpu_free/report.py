@@ -12,7 +12,7 @@ import torch
 from ...backends.triton_ import lora as triton_lora
 from ..oracle import as_rows
 from ..workloads import Adapter, Case, LoRAInputs
-from . import CompiledLaunch, Trace, compiling, inspect_kernel, interpreting
+from . import Trace, compiling, inspect_launches, interpreting
 
 BYTES_CASE = Case("bytes", (1024,), 1024, 1024, (Adapter(16),), bias=False)
 CODE_CASE = Case("code", (4096,), 4096, 4096, (Adapter(16, 0.5, 0.1),), bias=False)
@@ -98,11 +98,7 @@ def code_rows() -> Iterator[tuple[str, ...]]:
         with compiling(capability) as compiled:
             for run in launches(CODE_CASE.make(torch.bfloat16)):
                 run()
-        distinct: dict[tuple[str, int], CompiledLaunch] = {
-            (c.name, id(c.kernel)): c for c in compiled
-        }
-        for launch in distinct.values():
-            report = inspect_kernel(launch)
+        for report in inspect_launches(compiled):
             yield (
                 f"sm_{capability}",
                 report.name.strip("_"),

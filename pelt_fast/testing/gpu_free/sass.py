@@ -10,6 +10,8 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -87,8 +89,20 @@ def inspect_kernel(launch: CompiledLaunch) -> KernelReport:
     )
 
 
+def inspect_launches(launches: Iterable[CompiledLaunch]) -> list[KernelReport]:
+    """The report of each distinct kernel among the launches."""
+    distinct = {(launch.name, id(launch.kernel)): launch for launch in launches}
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(inspect_kernel, distinct.values()))
+
+
 def violations(
-    report: KernelReport, *, tensor_core: bool, aligned: bool, min_occupancy: float
+    report: KernelReport,
+    *,
+    tensor_core: bool,
+    aligned: bool,
+    min_occupancy: float,
+    narrow: int = 0,
 ) -> list[str]:
     """The gates that a kernel does not pass; empty when it passes all.
 
@@ -97,6 +111,7 @@ def violations(
         tensor_core: it has a dot of a type that tensor cores serve.
         aligned: every dimension of its arguments is a multiple of 16 and every pointer is aligned.
         min_occupancy: share of a multiprocessor's warps that has to be able to be resident.
+        narrow: how many accesses of 8 or 16 bits an aligned kernel may have: those of vectors, an element a thread.
     """
     found = []
     if report.spills:
@@ -111,7 +126,7 @@ def violations(
         for what, widths in (("load", report.loads), ("store", report.stores)):
             if widths and not widths[128] and not report.tma:
                 found.append(f"no 128-bit global {what}: {dict(widths)}")
-            if widths[8] + widths[16]:
+            if widths[8] + widths[16] > narrow:
                 found.append(f"{widths[8] + widths[16]} global {what}s of 8 or 16 bits")
     if report.occupancy < min_occupancy:
         found.append(f"occupancy {report.occupancy:.0%} is below {min_occupancy:.0%}")
