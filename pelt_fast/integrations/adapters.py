@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..functional import explain
 from ..nn.bottleneck_block import BottleneckSpec, bottleneck_block, bottleneck_core
 from .adapters_operands import adapter_spec, block_spec, core_spec, fuses, single_adapter
-from .obstacles import dtype_name, type_name
+from .obstacles import dtype_name, mixture_obstacle, type_name
 from .report import Report
 
 _REPORT_TOKENS = 2048  # for how many tokens a report names the backends
@@ -192,16 +192,19 @@ def _describe(layer: BottleneckLayer, base_dtype: torch.dtype | None) -> list[st
         return "its adapters are in a Fuse, which reads more of them than their results"
     single = single_adapter(layer, setup)
     kinds, reasons = [], []
-    for name in layer.adapters:
+    for name, adapter in layer.adapters.items():
         if name not in setup.flatten():
             continue
-        spec = adapter_spec(layer.adapters[name])
+        first = next(adapter.parameters())
+        x = torch.zeros((), dtype=base_dtype or first.dtype, device=first.device)
+        x = x.expand(_REPORT_TOKENS, adapter.input_size)
+        spec = adapter_spec(adapter, x)
         if isinstance(spec, str):
             reasons.append(f"adapter {name!r}: {spec}")
         else:
             inside = "" if single else f", in {type_name(setup)}"
             norm = getattr(layer, "LayerNorm", None) if single else None
-            kinds.append(_kind(spec, inside, norm, base_dtype))
+            kinds.append(_kind(spec, x, inside, norm))
     return "; ".join(reasons) if reasons else kinds
 
 
@@ -213,14 +216,13 @@ def _why_idle(layer: BottleneckLayer) -> str:
     return "the active adapters are not on this layer"
 
 
-def _kind(
-    spec: BottleneckSpec, inside: str, norm: nn.Module | None, base_dtype: torch.dtype | None
-) -> str:
+def _kind(spec: BottleneckSpec, x: Tensor, inside: str, norm: nn.Module | None) -> str:
     """Shape, form, activation, dtypes and the chosen backends, in words."""
     m, d = spec.down_weight.shape
-    dtype = spec.down_weight.dtype if base_dtype is None else base_dtype
-    x = spec.down_weight.detach()[:1, :1].to(dtype).expand(_REPORT_TOKENS, d)
-    norms = {} if norm is None else {"weight": norm.weight, "bias": norm.bias}
+    norms = {}
+    if isinstance(norm, nn.LayerNorm) and norm.weight is not None:
+        mixed = mixture_obstacle(norm.weight, x, "its input", autocast=False)
+        norms = {} if mixed else {"weight": norm.weight, "bias": norm.bias}
     before, after = spec.original_ln_before and not spec.is_parallel, spec.original_ln_after
     explanation = explain(
         "bottleneck_adapter",
@@ -241,6 +243,6 @@ def _kind(
     gated = "" if spec.gate_weight is None else ", gated"
     return (
         f"{d} -> {m}, {form}{inside}, {spec.activation}{gated}, "
-        f"{dtype_name(spec.down_weight.dtype)} over {dtype_name(dtype)}, T = {_REPORT_TOKENS}: "
+        f"{dtype_name(spec.down_weight.dtype)} over {dtype_name(x.dtype)}, T = {_REPORT_TOKENS}: "
         f"{forward or 'no backend'} forward, {backward or 'no backend'} backward"
     )

@@ -142,3 +142,10 @@ def relative_error(actual: Tensor, exact: Tensor, measure: Callable[[Tensor], Te
 
 def _largest(tensor: Tensor) -> Tensor:
     return tensor.abs().max()
+
+
+def distance(actual: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    """Of all tensors as one vector, relative to its length."""
+    assert actual.keys() == right.keys()
+    errors = sum((actual[key].double() - right[key]).square().sum().item() for key in right)
+    return math.sqrt(errors / sum(value.square().sum().item() for value in right.values()))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
+import sys
+import types
 from typing import Any
 
 import pytest
 
 pytest.importorskip("adapters")
 
+import adapters
+import torch
 from adapters import ADAPTER_CONFIG_MAP, BnConfig
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,12 +21,7 @@ from torch import Tensor, nn
 
 import pelt_fast
 
-from .adapters_models import (
-    LAYERS,
-    adapted,
-    bottleneck_layers,
-    is_adapter,
-)
+from .adapters_models import HOULSBY, LAYERS, adapted, bottleneck_layers, is_adapter
 from .conftest import ARCHITECTURES
 from .parity import (
     AUTOCAST,
@@ -113,7 +113,13 @@ BOTTLENECKS = [
 
 
 @pytest.mark.parametrize("config", BOTTLENECKS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("bert", "t5", "qwen2") else pytest.param(name, marks=pytest.mark.slow)
+        for name in MODELS
+    ],
+)
 def test_every_config_of_the_library(name: str, config: str, fused) -> None:
     compacter = "compacter" in config
     if name == "qwen2" and config in ("mam", "unipelt"):
@@ -158,14 +164,32 @@ configs = st.builds(
 )
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(name=st.sampled_from(MODELS), config=configs)
+def every_flag(examples: int) -> Any:
+    def decorate(test: Any) -> Any:
+        given_both = given(name=st.sampled_from(MODELS), config=configs)(test)
+        suppressed = [HealthCheck.function_scoped_fixture]
+        return settings(
+            max_examples=examples,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=suppressed,
+        )(given_both)
+
+    return decorate
+
+
+@every_flag(examples=25)
 def test_every_flag(name: str, config: BnConfig, fused) -> None:
+    assert_config_is_served(name, config, fused)
+
+
+@pytest.mark.slow
+@every_flag(examples=400)
+def test_many_combinations_of_flags(name: str, config: BnConfig, fused) -> None:
+    assert_config_is_served(name, config, fused)
+
+
+def assert_config_is_served(name: str, config: BnConfig, fused: list[str]) -> None:
     if name == "qwen2":
         config = config.replace(original_ln_after=True)  # the library refuses others
     if config.residual_before_ln == "post_add" and name not in ("bert", "roberta"):
@@ -177,3 +201,112 @@ def test_every_flag(name: str, config: BnConfig, fused) -> None:
     assert_same_in_fp64(model, ARCHITECTURES[name].batch())
     assert fused == ["block"] * sum(len(layer.adapters) for layer in bottleneck_layers(model))
     assert fused
+
+
+def test_no_layers_for_left_out_ones(fused) -> None:
+    config = HOULSBY.replace(leave_out=[0], reduction_factor={"1": 2, "default": 16})
+    model = adapted("bert", config)
+    fast = assert_same_in_fp64(model, ARCHITECTURES["bert"].batch())
+    assert fused == ["block"] * 2
+    report = pelt_fast.accelerate(fast)
+    assert list(report.waiting.values()) == ["no adapter is on this layer"] * 2
+    assert [kind.split(",")[0] for kind in report.kinds] == ["32 -> 16"]
+
+
+@pytest.fixture
+def torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its StochasticDepth, which the library makes an adapter's DropPath of."""
+
+    class StochasticDepth(nn.Module):
+        def __init__(self, p: float, mode: str) -> None:
+            super().__init__()
+            self.p, self.mode = p, mode
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training or self.p == 0.0:
+                return x
+            shape = [x.shape[0]] + [1] * (x.dim() - 1)
+            return x * torch.empty(shape, dtype=x.dtype).bernoulli_(1 - self.p) / (1 - self.p)
+
+    module = types.ModuleType("torchvision.ops.stochastic_depth")
+    module.StochasticDepth = StochasticDepth
+    for name in ("torchvision", "torchvision.ops"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("adapters.methods.modeling.is_torchvision_available", lambda: True)
+
+
+RANDOM = {
+    "dropout": HOULSBY.replace(dropout=0.5),
+    "stochastic_depth": HOULSBY.replace(stochastic_depth=0.5),
+}
+
+
+@pytest.mark.parametrize("config", [adapters.AdapterPlusConfig(), *RANDOM.values()], ids=str)
+def test_nothing_is_random_in_evaluation(config, torchvision, fused) -> None:
+    model = adapted("bert", config).eval()
+    assert_same_in_fp64(model, ARCHITECTURES["bert"].batch())
+    assert fused
+
+
+@pytest.mark.parametrize("which", RANDOM)
+def test_randomness_obeys_the_seed(which: str, torchvision, fused) -> None:
+    batch = ARCHITECTURES["bert"].batch()
+    fast = adapted("bert", RANDOM[which]).train()
+    pelt_fast.accelerate(fast)
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        results.append(one_step(fast, batch))
+    assert all(torch.equal(value, results[1][key]) for key, value in results[0].items())
+    assert not torch.equal(results[0]["logits"], results[2]["logits"])
+    assert fused == ["block"] * 12
+
+
+@pytest.mark.parametrize("which", RANDOM)
+def test_mean_over_draws_is_the_result_without(which: str, torchvision) -> None:
+    # one layer without a norm behind it is linear in the mask, so its outputs average to those without
+    config = RANDOM[which].replace(original_ln_after=False)
+    layer = bottleneck_layers(adapted("bert", config))[-1].train()
+    pelt_fast.accelerate(layer)
+    o, x, draws = torch.randn(1, 2, 32), torch.randn(1, 2, 32), 4000
+    with torch.no_grad():
+        torch.manual_seed(0)
+        many = (value.expand(draws, 2, 32) for value in (o, x))
+        samples = layer.bottleneck_layer_forward(*many, layer.LayerNorm)
+        expected = layer.eval().bottleneck_layer_forward(o, x, layer.LayerNorm)[0]
+    deviation = samples.std(0) / math.sqrt(draws)
+    assert (deviation > 0).all()
+    # 64 numbers, each within five standard deviations of its mean
+    assert ((samples.mean(0) - expected).abs() <= 5 * deviation).all()
+    if which == "stochastic_depth":
+        dropped = (samples - o).abs().amax(dim=(1, 2)) == 0
+        assert 0.4 < dropped.double().mean() < 0.6, "whole samples are left out"
+
+
+def test_the_modules_own_modes_count() -> None:
+    layer = bottleneck_layers(adapted("bert", RANDOM["dropout"]))[-1].eval()
+    pelt_fast.accelerate(layer)
+    args = (*torch.randn(2, 1, 5, 32), layer.LayerNorm)
+    still = layer.bottleneck_layer_forward(*args)
+    layer.adapters["a"].dropout.train()
+    assert not torch.equal(layer.bottleneck_layer_forward(*args), still)
+    layer.adapters["a"].dropout.p = 0.0
+    assert torch.equal(layer.bottleneck_layer_forward(*args), still)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradient_checkpointing_changes_nothing(name: str, fused) -> None:
+    batch = ARCHITECTURES[name].batch()
+    fast = adapted(name, HOULSBY.replace(dropout=0.3)).double().train()
+    pelt_fast.accelerate(fast)
+    torch.manual_seed(3)
+    direct = one_step(fast, batch)
+    calls = len(fused)
+    fast.gradient_checkpointing_enable()  # never reentrant: the library refuses
+    torch.manual_seed(3)
+    recomputed = one_step(fast, batch)
+    assert len(fused) - calls > calls, "nothing was recomputed"
+    assert direct.keys() == recomputed.keys()
+    for key, value in direct.items():
+        torch.testing.assert_close(recomputed[key], value, rtol=1e-11, atol=1e-13)

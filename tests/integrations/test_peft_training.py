@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from pathlib import Path
 
@@ -13,6 +12,8 @@ import transformers
 from torch import Tensor, nn
 
 import pelt_fast
+
+from .parity import distance
 
 STEPS = 3
 
@@ -72,12 +73,6 @@ def test_trainer(options, make, architectures, rounding, served, tmp_path) -> No
     assert distance(ours, right) <= 2 * distance(theirs, right) + rounding(
         dtype, STEPS * arch.layers
     )
-
-
-def distance(actual: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    assert actual.keys() == right.keys()
-    errors = sum((actual[key].double() - right[key]).square().sum().item() for key in right)
-    return math.sqrt(errors / sum(value.square().sum().item() for value in right.values()))
 
 
 def test_trainer_saves_and_resumes(make, architectures, accelerated, tmp_path) -> None:
