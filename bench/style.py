@@ -92,13 +92,12 @@ def row_axis(axis: Any, names: list[str], low: float, high: float) -> None:
     axis.spines["left"].set_visible(False)
 
 
-def off_scale(axis: Any, y: float, text: str, right: bool, color: str) -> None:
-    """An arrow with the value, at the end of the axis."""
+def off_scale(axis: Any, end: float, y: float, text: str, right: bool, color: str) -> None:
+    """An arrow with the value, at the end of the scale."""
     axis.annotate(
         f"{text} ▶" if right else f"◀ {text}",
-        (1 if right else 0, y),
+        (end, y),
         (-3 if right else 3, 0),
-        xycoords=("axes fraction", "data"),
         textcoords="offset points",
         ha="right" if right else "left",
         va="center",

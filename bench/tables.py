@@ -168,23 +168,37 @@ def interval_cell(row: Row, name: str) -> str:
     return f"{found['low']:+.2f} to {found['high']:+.2f}" if found else NEVER
 
 
-def error_cell(error: dict[str, float] | None) -> str:
+def error_cell(row: Row, name: str) -> str:
+    error = row["contenders"][name]["error_ratio"]
     return marked(f"{error['mean']:.2f}", error["mean"]) if error else NEVER
 
 
-def max_error_cell(error: dict[str, float] | None) -> str:
-    return f"{error['max']:.2f}" if error else NEVER
+TRUST_COLUMNS = ["max error", "rounds", "ran"]
+GPU_COLUMNS = ["GB/s", "TFLOP/s", "host ms"]
+
+
+def trust_columns(gpu: bool) -> list[str]:
+    """What says how far a row may be believed; of a GPU's rows, what their times mean."""
+    return TRUST_COLUMNS + (GPU_COLUMNS if gpu else [])
+
+
+def trust_cells(row: Row, main: str, gpu: bool) -> list[str]:
+    ours = row["contenders"][main]
+    error = ours["error_ratio"]
+    return [
+        f"{error['max']:.2f}" if error else NEVER,
+        str(row["rounds"]),
+        ran_cell(ours),
+        *(_gpu_cells(row, main) if gpu else []),
+    ]
 
 
 def ran_cell(entry: dict[str, Any]) -> str:
     return f"WRONG {LOST}" if entry["wrong"] else str(entry["ran"])
 
 
-GPU_COLUMNS = ["GB/s", "TFLOP/s", "host ms"]
-
-
-def gpu_cells(row: Row, name: str) -> list[str]:
-    """Of a GPU's row: what the time means in bandwidth and arithmetic, and the host's share."""
+def _gpu_cells(row: Row, name: str) -> list[str]:
+    """What the time means in bandwidth and arithmetic, and the host's share."""
     seconds, host = median(row, name) / 1e3, row["contenders"][name]["host_ms"]
     return [
         f"{row['bytes'] / seconds / 1e9:.0f}",

@@ -35,8 +35,9 @@ SHOWN = {
     MAIN: ("o", BLUE, "ours"),
 }
 PASSES = {"forward": "forward", "both": "forward + backward"}
-TICKS = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
-LEAST, MOST = 0.25, 64.0
+TICKS = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256)
+FINE_TICKS = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8)
+LEAST, MOST = 0.25, 256.0
 """The axis goes no further than this; points outside stand at its end as arrows."""
 
 
@@ -58,8 +59,9 @@ def draw(results: Results, path: Path) -> bool:
         )
         for line, dtype in zip(axes, dtypes, strict=True):
             mine = [row for row in rows if row["dtype"] == dtype]
+            ends = _ends(mine)
             for axis, (pass_, words) in zip(line, PASSES.items(), strict=True):
-                _panel(axis, mine, pass_, _ends(rows, pass_))
+                _panel(axis, mine, pass_, ends)
                 caption(axis, f"{dtype}, {words}")
             line[1].set_yticklabels([])
         for axis in axes[-1]:
@@ -79,9 +81,10 @@ def draw(results: Results, path: Path) -> bool:
     return True
 
 
-def _ends(rows: list[Row], pass_: str) -> tuple[float, float]:
-    """Of all panels of a pass, so that they can be compared."""
-    found = [ratio(row, name, FLOOR, pass_) for row in rows for name in SHOWN if has(row, name)]
+def _ends(rows: list[Row]) -> tuple[float, float]:
+    """Of a dtype's panels, so that forward and both can be compared."""
+    names = [(row, name) for row in rows for name in SHOWN if has(row, name)]
+    found = [ratio(row, name, FLOOR, pass_) for row, name in names for pass_ in PASSES]
     return max(LEAST, min(0.8, min(found) / 1.15)), min(MOST, max(2.2, max(found) * 1.15))
 
 
@@ -90,8 +93,8 @@ def _panel(axis: Any, rows: list[Row], pass_: str, ends: tuple[float, float]) ->
     axis.set_xscale("log", base=2)
     # the speed-ups stand in a column of their own, behind the scale
     row_axis(axis, [row["label"] for row in rows], low, high * (high / low) ** 0.2)
-    axis.set_xticks([t for t in TICKS if low <= t <= high], minor=False)
-    axis.set_xticklabels([f"{t:g}×" for t in TICKS if low <= t <= high])
+    ticks = [t for t in (FINE_TICKS if high < 10 * low else TICKS) if low <= t <= high]
+    axis.set_xticks(ticks, [f"{t:g}×" for t in ticks])
     axis.xaxis.set_minor_locator(plt.NullLocator())
     axis.axvspan(low, 1, color=BETTER, zorder=0)
     axis.axvline(1, color=INK, lw=1.1, zorder=1)
@@ -127,4 +130,4 @@ def _dot(axis: Any, y: float, cost: float, ends: tuple[float, float], name: str)
             cost, y, marker, color=color, ms=size, mec="white", mew=0.8, zorder=3 + (name == MAIN)
         )
     else:
-        off_scale(axis, y, f"{cost:.0f}×", cost > high, color)
+        off_scale(axis, high if cost > high else low, y, f"{cost:.0f}×", cost > high, color)

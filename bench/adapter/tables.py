@@ -7,26 +7,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..tables import (
-    GPU_COLUMNS,
     LOST,
     Row,
     TextTable,
     contenders_table,
     error_cell,
-    gpu_cells,
     has,
     less_exact,
     lost_in,
-    max_error_cell,
     measured,
     memory_table,
     ms,
     name_of,
     not_run_table,
-    ran_cell,
     ratio,
     ratio_cell,
     times,
+    trust_cells,
+    trust_columns,
 )
 
 TITLE = "Bottleneck adapter"
@@ -48,10 +46,11 @@ def headlines(rows: Sequence[Row]) -> list[str]:
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         count, found = mean_ratios(rows, dtype)
         if count:
+            both, alone = found["both", "eager"], found["both", FLOOR]
             lines.append(
-                f"{dtype}, mean of {count} rows: forward and backward take {found['both', 'eager']:.2f} × eager's time "
-                f"(forward alone {found['forward', 'eager']:.2f} ×), which is {found['both', FLOOR]:.2f} × the "
-                f"layernorm's alone (eager {found['both', FLOOR] / found['both', 'eager']:.2f} ×)."
+                f"{dtype}, mean of {count} row(s): forward and backward take {both:.2f} × eager's time (forward alone "
+                f"{found['forward', 'eager']:.2f} ×), which is {alone:.2f} × the layernorm's alone (eager "
+                f"{alone / both:.2f} ×)."
             )
     for rival, words in RIVALS.items():
         compared, lost = lost_in((row, MAIN, rival) for row in rows)
@@ -102,12 +101,11 @@ def _step_table(rows: Sequence[Row], gpu: bool) -> TextTable:
     table = TextTable(
         "Bottleneck adapter with residual and layernorm, all trained, forward + backward (ms, medians)",
         [HEADING, "LN", "library", "eager", "ours", "ours / LN", "ours / library", "ours / eager"]
-        + ["fwd / LN", "fwd / eager", "error / eager", "max error", "rounds", "ran"]
-        + (GPU_COLUMNS if gpu else []),
+        + ["fwd / LN", "fwd / eager", "error / eager"]
+        + trust_columns(gpu),
         wide=("ours / library", "max error", "rounds"),
     )
     for row in rows:
-        ours = row["contenders"][MAIN]
         table.rows.append(
             [
                 name_of(row),
@@ -117,11 +115,8 @@ def _step_table(rows: Sequence[Row], gpu: bool) -> TextTable:
                 ratio_cell(row, MAIN, "eager"),
                 times(row, MAIN, FLOOR, "forward"),
                 ratio_cell(row, MAIN, "eager", "forward"),
-                error_cell(ours["error_ratio"]),
-                max_error_cell(ours["error_ratio"]),
-                str(row["rounds"]),
-                ran_cell(ours),
-                *(gpu_cells(row, MAIN) if gpu else []),
+                error_cell(row, MAIN),
+                *trust_cells(row, MAIN, gpu),
             ]
         )
     table.notes = [

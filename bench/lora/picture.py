@@ -115,7 +115,7 @@ def _panel(axis: Any, rows: list[Row], means: dict[str, float]) -> None:
 def _dot(axis: Any, y: float, found: dict[str, float], form: str) -> None:
     value, color = found["value"], COLORS[form]
     if not LOW < value < HIGH:
-        off_scale(axis, y, f"{value:+.1f}", value >= HIGH, color)
+        off_scale(axis, HIGH if value >= HIGH else LOW, y, f"{value:+.1f}", value >= HIGH, color)
         return
     ends = np.clip([found["low"], found["high"]], LOW, HIGH)
     axis.plot(ends, [y, y], color=color, lw=2.4, alpha=0.3, solid_capstyle="round", zorder=2)

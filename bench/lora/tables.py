@@ -7,17 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..tables import (
-    GPU_COLUMNS,
     LOST,
     Row,
     TextTable,
     contenders_table,
     error_cell,
-    gpu_cells,
     interval_cell,
     less_exact,
     lost_in,
-    max_error_cell,
     measured,
     memory_table,
     ms,
@@ -28,6 +25,8 @@ from ..tables import (
     ran_cell,
     ratio_cell,
     times,
+    trust_cells,
+    trust_columns,
 )
 
 TITLE = "LoRA"
@@ -112,12 +111,11 @@ def _train_table(rows: Sequence[Row], gpu: bool) -> TextTable:
     table = TextTable(
         "LoRA linear, r = 8, forward + backward (ms, medians)",
         [HEADING, "frozen", "PEFT", "ours", "ours / PEFT", "overhead", "p10 to p90", "dropout"]
-        + ["fp32 adapter", "error / PEFT", "max error", "rounds", "ran"]
-        + (GPU_COLUMNS if gpu else []),
+        + ["fp32 adapter", "error / PEFT"]
+        + trust_columns(gpu),
         wide=("p10 to p90", "max error", "rounds"),
     )
     for row in rows:
-        ours = row["contenders"][MAIN]
         table.rows.append(
             [
                 name_of(row),
@@ -127,11 +125,8 @@ def _train_table(rows: Sequence[Row], gpu: bool) -> TextTable:
                 interval_cell(row, MAIN),
                 overhead_cell(row, "ours_dropout", "peft_dropout"),
                 overhead_cell(row, "ours_fp32", "peft_fp32"),
-                error_cell(ours["error_ratio"]),
-                max_error_cell(ours["error_ratio"]),
-                str(row["rounds"]),
-                ran_cell(ours),
-                *(gpu_cells(row, MAIN) if gpu else []),
+                error_cell(row, MAIN),
+                *trust_cells(row, MAIN, gpu),
             ]
         )
     table.notes = [

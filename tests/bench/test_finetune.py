@@ -56,7 +56,7 @@ def test_eager_and_accelerated_learn_alike(method: str) -> None:
     for mine, theirs in zip(ours.losses, eager.losses, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-3)
     assert ours.losses[0] != ours.losses[1]
-    assert frozen.losses[0] != pytest.approx(eager.losses[0], rel=1e-3)
+    assert frozen.losses[0] != pytest.approx(eager.losses[0], rel=1e-6)
     assert len(ours.step_s) == MIN_STEPS - finetune.WARM_UP_STEPS
     assert all(m < s for m, s in zip(ours.model_s, ours.step_s, strict=True))
     assert "replaced" in one.replaced

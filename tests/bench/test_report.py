@@ -32,7 +32,7 @@ def test_adapters_are_compared_with_the_layernorm_and_with_eager(results: Result
     assert (lost["fwd / eager"], lost["error / eager"]) == (f"1.50 {LOST}", f"1.20 {LOST}")
     lines = " ".join(report.headlines(results, "adapter"))
     assert "Slower than eager PyTorch in 1 of 2 rows" in lines
-    assert "fp32, mean of 2 rows: forward and backward take 0.77 × eager's time" in lines
+    assert "fp32, mean of 2 row(s): forward and backward take 0.77 × eager's time" in lines
 
 
 @pytest.mark.parametrize(("ratio", "is_lost"), [(0.98, False), (1.004, False), (1.006, True)])
