@@ -5,6 +5,7 @@
 #include "cpu/adapter.h"
 #include "cpu/isa.h"
 #include "cpu/lora.h"
+#include "cpu/memory.h"
 #include "cpu/packed.h"
 
 namespace py = pybind11;
@@ -74,4 +75,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("clear_packed", &pelt_fast::clear_packed, "Forgets every packed weight.", release());
   m.def("set_packed_limit", &pelt_fast::set_packed_limit,
         "Most bytes that packed weights may take; 0 keeps none.", py::arg("bytes"), release());
+  m.def("pooled_bytes", &pelt_fast::pooled_bytes, "Freed memory kept for later outputs.",
+        release());
+  m.def("clear_pool", &pelt_fast::clear_pool, "Gives the kept memory back.", release());
+  m.def("set_pool_limit", &pelt_fast::set_pool_limit,
+        "Most bytes of freed memory to keep; 0 keeps none.", py::arg("bytes"), release());
 }

@@ -72,12 +72,12 @@ struct Matrix {
   // c (m, columns) = or += a (m, k) · this
   template <class E>
   void product(const E& engine, int64_t m, Tile<typename E::Operand> a, typename E::A* c,
-               int64_t ldc, bool accumulate = false) const {
+               int64_t ldc) const {
     using T = typename E::T;
     const int64_t k = round_up(pack->k, kPair<T>);
     for (int64_t s = 0, n0 = 0; n0 < columns; ++s, n0 += pack->strip)
       engine.gemm(m, std::min(pack->strip, columns - n0), k, a, pack->at<T>(s), pack->strip, c + n0,
-                  ldc, accumulate);
+                  ldc, false);
   }
 
  private:
@@ -150,6 +150,9 @@ struct Block {
     if (settings.skip_in) row().add(d, skip[i], z);
   }
 
+  // Can x be multiplied as it is?
+  bool plain() const { return std::is_same_v<T, A> && !settings.skip_in && !pre_weight.get(); }
+
   // The adapter's input, rows [begin, end). stats (T, 2): made when they are not there yet, which
   // forward says.
   Tile<A> inputs(int64_t begin, int64_t end, A* stats, bool forward, Scratch& scratch) const {
@@ -160,9 +163,20 @@ struct Block {
       if (!pre_weight.get()) continue;
       A* stat = stats + 2 * i;
       if (forward) statistics(v, settings.pre_eps, stat);
-      row().normalise(d, v, stat[0], stat[1], pre_weight.get(), pre_bias.get(), v);
+      row().normalise_wide(d, v, stat[0], stat[1], pre_weight.get(), pre_bias.get(), v);
     }
     return {tile, ld};
+  }
+
+  // The same in forward, as what a product takes; where it is nothing but x, x is taken as it is.
+  Tile<O> left_inputs(int64_t begin, int64_t end, A* stats, Workspace& w) const {
+    if (!settings.skip_in && !pre_weight.get()) {
+      if constexpr (std::is_same_v<T, O>) {
+        // brgemm need not take an odd count, nor rows that overlap
+        if (kPair<T> == 1 || (d % 2 == 0 && x.stride >= d)) return {x[begin], x.stride};
+      }
+    }
+    return engine.left_of(end - begin, d, inputs(begin, end, stats, true, w.left), w.masked);
   }
 
   void statistics(const A* values, double eps, A* stat) const {
@@ -184,10 +198,9 @@ struct Block {
 
   // w of row i, without b_U, becomes s.
   void finish(int64_t i, const uint32_t* words, A* w) const {
-    row().affine(d, up_bias.get(), weight_of(i), scale_of_each, w);
-    if (words) row().mask(d, words, mask.threshold, w);
-    if (settings.residual_x) row().add(d, x[i], w);
-    if (settings.residual_skip) row().add(d, skip[i], w);
+    row().combine(d, up_bias.get(), weight_of(i), scale_of_each, words, mask.threshold,
+                  settings.residual_x ? x[i] : nullptr, settings.residual_skip ? skip[i] : nullptr,
+                  w);
   }
 
   A weight_of(int64_t i) const {
@@ -225,10 +238,9 @@ std::tuple<at::Tensor, at::Tensor, OptionalTensor, OptionalTensor> bottleneck_ad
     block.plan().run([&](int64_t, bool, int64_t begin, int64_t end) {
       Workspace& w = workspace();
       const int64_t count = end - begin, mp = block.m_padded;
-      const Tile<A> v = block.inputs(begin, end, pre, true, w.left);
       A* a = w.delta.template get<A>(count * mp + mp);
       A* wide_q = a + count * mp; // of one row
-      down.product(engine, count, engine.left_of(count, block.d, v, w.masked), a, mp);
+      down.product(engine, count, block.left_inputs(begin, end, pre, w), a, mp);
       for (int64_t i = 0; i < count; ++i) {
         T* rounded = q_rows + (begin + i) * block.m;
         engine.kernels.narrow(block.m, a + i * mp, block.down_bias.get(), rounded);
@@ -239,12 +251,13 @@ std::tuple<at::Tensor, at::Tensor, OptionalTensor, OptionalTensor> bottleneck_ad
       for (int64_t i = begin; i < end; ++i) {
         A* row = s + (i - begin) * block.ld;
         block.finish(i, block.words(i, w.random), row);
-        if (post) {
-          block.statistics(row, settings.eps, post + 2 * i);
-          block.row().normalise(block.d, row, post[2 * i], post[2 * i + 1], block.ln_weight.get(),
-                                block.ln_bias.get(), row);
+        if (!post) {
+          engine.kernels.narrow(block.d, row, nullptr, y_rows + i * block.d);
+          continue;
         }
-        engine.kernels.narrow(block.d, row, nullptr, y_rows + i * block.d);
+        block.statistics(row, settings.eps, post + 2 * i);
+        block.row().normalise(block.d, row, post[2 * i], post[2 * i + 1], block.ln_weight.get(),
+                              block.ln_bias.get(), y_rows + i * block.d);
       }
       engine.finish();
     });
@@ -374,8 +387,8 @@ struct Backward {
     const uint32_t* words = block.words(i, workspace().random);
     if (need.w()) {
       std::copy_n(ds, ld, row_of_w);
-      row.affine(d, block.up_bias.get(), A(1), nullptr, row_of_w);
-      if (words) row.mask(d, words, block.mask.threshold, row_of_w);
+      row.combine(d, block.up_bias.get(), A(1), nullptr, words, block.mask.threshold, nullptr,
+                  nullptr, row_of_w);
     }
     if (post) {
       block.finish(i, words, ds);
@@ -390,13 +403,14 @@ struct Backward {
     const A gate = block.gate.get() ? block.gate.get()[i] : A(1);
     if (need.scale) row.add_product(d, ds, row_of_w, block.factor * gate, sums + kScale * ld);
     if (need.gate) {
-      row.affine(d, nullptr, block.factor * block.scale_of_one, block.scale_of_each, row_of_w);
+      row.combine(d, nullptr, block.factor * block.scale_of_one, block.scale_of_each, nullptr, 0,
+                  nullptr, nullptr, row_of_w);
       dgate[i] = row.dot(d, ds, row_of_w);
     }
     if (dw != ds) {
       std::copy_n(ds, ld, dw);
-      row.affine(d, nullptr, block.weight_of(i), block.scale_of_each, dw);
-      if (words) row.mask(d, words, block.mask.threshold, dw);
+      row.combine(d, nullptr, block.weight_of(i), block.scale_of_each, words, block.mask.threshold,
+                  nullptr, nullptr, dw);
     }
     if (need.up_bias) row.add_wide(d, dw, sums + kUpBias * ld);
     if (dskip && !block.settings.skip_in) // nothing but the residual
@@ -415,16 +429,9 @@ struct Backward {
       dz = z;
     }
     const AdapterSettings& settings = block.settings;
-    const bool skip_too = dskip && settings.skip_in;
-    if (skip_too && !settings.residual_skip)
-      block.engine.kernels.narrow(d, dz, nullptr, dskip + i * d);
-    if (dx && !settings.residual_x) block.engine.kernels.narrow(d, dz, nullptr, dx + i * d);
-    const bool x_summed = dx && settings.residual_x,
-               skip_summed = skip_too && settings.residual_skip;
-    if (!x_summed && !skip_summed) return;
-    row.add_wide(d, ds, dz);
-    if (x_summed) block.engine.kernels.narrow(d, dz, nullptr, dx + i * d);
-    if (skip_summed) block.engine.kernels.narrow(d, dz, nullptr, dskip + i * d);
+    if (dx) row.narrow_sum(d, dz, settings.residual_x ? ds : nullptr, dx + i * d);
+    if (dskip && settings.skip_in)
+      row.narrow_sum(d, dz, settings.residual_skip ? ds : nullptr, dskip + i * d);
   }
 
   // sum (m, d) += p (count, m)ᵀ · rows (count, d)

@@ -54,7 +54,8 @@ struct Reduction {
   at::Tensor partials; // (chunks, r, ld)
 
   Reduction() = default;
-  Reduction(int64_t chunks, int64_t r, int64_t n) : r(r), n(n), ld(round_up(n, 64)) {
+  // rows must not fall into the same cache sets, as rows a power of two apart do
+  Reduction(int64_t chunks, int64_t r, int64_t n) : r(r), n(n), ld(round_up(n, 64) + 16) {
     partials = at::empty({chunks, r, ld}, at::CppTypeToScalarType<A>::value);
   }
   A* of(int64_t chunk) const {

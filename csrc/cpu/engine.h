@@ -77,8 +77,9 @@ struct WideEngine {
   // a left tile of 96 × 384 and a product tile of 96 × 768 share a level-2 cache; a strip of W
   // stays in level 1
   static constexpr int64_t kBlockRows = 96, kBlockK = 384, kBlockColumns = 768, kRowUnit = 6;
-  // of a tile of whole rows, of which an operation has two or three
-  static constexpr int64_t kTileBytes = 192 << 10;
+  // of a tile of whole rows; more rows than fit level 2 are still better than few, which would read
+  // the matrices and add up their gradients more often
+  static constexpr int64_t kTileBytes = 1600 << 10;
 
   const Kernels<T>& kernels;
   int64_t lanes() const { return kernels.lanes; }     // unit of a padded rank
@@ -134,7 +135,7 @@ struct AmxEngine {
   using Operand = BF16;
   // 64 × 64 × 256 products run out of L1; 256 rows share each 32 KiB piece of W
   static constexpr int64_t kBlockRows = 256, kBlockK = 256, kBlockColumns = 256, kRowUnit = 32,
-                           kTileRows = 64, kTileBytes = 512 << 10;
+                           kTileRows = 64, kTileBytes = 1024 << 10;
 
   const Kernels<BF16>& kernels;
   const bool emulated; // plain products instead of brgemm's

@@ -33,11 +33,13 @@ struct RowKernels {
   void (*add)(int64_t n, const T* x, A* sum);
   void (*add_wide)(int64_t n, const A* x, A* sum);
 
-  // w = (w + bias) · factor · scale; bias and scale may be null.
-  void (*affine)(int64_t n, const A* bias, A factor, const A* scale, A* w);
+  // out = a + b, rounded; b may be null.
+  void (*narrow_sum)(int64_t n, const A* a, const A* b, T* out);
 
-  // x = 0 wherever words < threshold.
-  void (*mask)(int64_t n, const uint32_t* words, uint32_t threshold, A* x);
+  // w = keep · (w + bias) · factor · scale + x + skip, where keep is words >= threshold. All of
+  // bias, scale, words, x and skip may be null.
+  void (*combine)(int64_t n, const A* bias, A factor, const A* scale, const uint32_t* words,
+                  uint32_t threshold, const T* x, const T* skip, A* w);
 
   // sum += a · b · factor
   void (*add_product)(int64_t n, const A* a, const A* b, A factor, A* sum);
@@ -46,8 +48,10 @@ struct RowKernels {
   // The mean, and the mean square of what is left without it.
   void (*moments)(int64_t n, const A* x, A* mean, A* variance);
 
-  // out = (x - mean) · rstd · weight + bias; bias may be null. out may be x.
-  void (*normalise)(int64_t n, const A* x, A mean, A rstd, const A* weight, const A* bias, A* out);
+  // out = (x - mean) · rstd · weight + bias; bias may be null, wide may be x.
+  void (*normalise)(int64_t n, const A* x, A mean, A rstd, const A* weight, const A* bias, T* out);
+  void (*normalise_wide)(int64_t n, const A* x, A mean, A rstd, const A* weight, const A* bias,
+                         A* out);
 
   // From a layernorm's input s and dy to its gradient ds, in the place of s; dweight += dy · ŝ and
   // dbias += dy where they are not null.

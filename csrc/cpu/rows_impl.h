@@ -10,9 +10,9 @@ struct Many {
   PELT_INLINE static typename Vec<A>::type get(const P* p) {
     return widen_vec(p);
   }
-  template <class V>
-  PELT_INLINE static void put(A* p, V v) {
-    store(p, v);
+  template <class P, class V>
+  PELT_INLINE static void put(P* p, V v) {
+    narrow_vec(v, p);
   }
 };
 
@@ -22,7 +22,10 @@ struct One {
   PELT_INLINE static A get(const P* p) {
     return widen_one(*p);
   }
-  PELT_INLINE static void put(A* p, A v) { *p = v; }
+  template <class P>
+  PELT_INLINE static void put(P* p, A v) {
+    narrow_one(v, *p);
+  }
 };
 
 #define PELT_BODY(...) [&](auto lanes, int64_t i) __attribute__((always_inline)) { __VA_ARGS__ }
@@ -58,6 +61,35 @@ PELT_INLINE A sum_of(int64_t n, const Term& term) {
   return sum;
 }
 
+// Two sums at once: the first is returned.
+template <class V>
+struct Two {
+  V first, second;
+};
+
+template <class A, class Term>
+PELT_INLINE A sum_of_two(int64_t n, A* second, const Term& term) {
+  using V = typename Vec<A>::type;
+  constexpr int N = Vec<A>::N, G = 2;
+  V firsts[G] = {}, seconds[G] = {};
+  int64_t i = 0;
+  for (; i + G * N <= n; i += G * N)
+#pragma GCC unroll 2
+    for (int g = 0; g < G; ++g) {
+      const auto t = term(Many<A>{}, i + g * N);
+      firsts[g] += t.first;
+      seconds[g] += t.second;
+    }
+  A sum = total<V, A>(firsts[0] + firsts[1]);
+  *second = total<V, A>(seconds[0] + seconds[1]);
+  for (; i < n; ++i) {
+    const auto t = term(One<A>{}, i);
+    sum += t.first;
+    *second += t.second;
+  }
+  return sum;
+}
+
 // ---- rows ----
 
 template <class T, class A = Acc<T>>
@@ -65,24 +97,42 @@ void row_add(int64_t n, const T* x, A* sum) {
   each<A>(n, PELT_BODY(lanes.put(sum + i, lanes.get(sum + i) + lanes.get(x + i));));
 }
 
-template <class A>
-void row_affine(int64_t n, const A* bias, A factor, const A* scale, A* w) {
-  if (bias) each<A>(n, PELT_BODY(lanes.put(w + i, lanes.get(w + i) + lanes.get(bias + i));));
-  if (scale)
-    each<A>(n, PELT_BODY(lanes.put(w + i, lanes.get(w + i) * (lanes.get(scale + i) * factor));));
-  else if (factor != A(1))
-    each<A>(n, PELT_BODY(lanes.put(w + i, lanes.get(w + i) * factor);));
+template <class T, class A = Acc<T>>
+void row_narrow_sum(int64_t n, const A* a, const A* b, T* out) {
+  if (b)
+    each<A>(n, PELT_BODY(lanes.put(out + i, lanes.get(a + i) + lanes.get(b + i));));
+  else
+    each<A>(n, PELT_BODY(lanes.put(out + i, lanes.get(a + i));));
 }
 
-template <class A>
-void row_mask(int64_t n, const uint32_t* words, uint32_t threshold, A* x) {
-  int64_t i = 0;
-  if constexpr (sizeof(A) == 4) {
-    for (; i + L <= n; i += L)
-      store(x + i, bit_cast<VU>(load<VF>(x + i)) & keep_mask(words + i, threshold));
-  }
-  for (; i < n; ++i)
-    if (words[i] < threshold) x[i] = A(0);
+// v wherever the words keep it, else 0
+PELT_INLINE VF kept(VF v, const uint32_t* words, uint32_t threshold) {
+  return bit_cast<VF>(bit_cast<VU>(v) & keep_mask(words, threshold));
+}
+PELT_INLINE Vec<double>::type kept(Vec<double>::type v, const uint32_t* words, uint32_t threshold) {
+  for (int i = 0; i < Vec<double>::N; ++i) v[i] = words[i] >= threshold ? v[i] : 0;
+  return v;
+}
+PELT_INLINE float kept(float v, const uint32_t* word, uint32_t threshold) {
+  return *word >= threshold ? v : 0;
+}
+PELT_INLINE double kept(double v, const uint32_t* word, uint32_t threshold) {
+  return *word >= threshold ? v : 0;
+}
+
+template <class T, class A = Acc<T>>
+void row_combine(int64_t n, const A* bias, A factor, const A* scale, const uint32_t* words,
+                 uint32_t threshold, const T* x, const T* skip, A* w) {
+  each<A>(n, PELT_BODY({
+            auto v = lanes.get(w + i);
+            if (bias) v += lanes.get(bias + i);
+            if (scale) v *= lanes.get(scale + i);
+            v *= factor;
+            if (words) v = kept(v, words + i, threshold);
+            if (x) v += lanes.get(x + i);
+            if (skip) v += lanes.get(skip + i);
+            lanes.put(w + i, v);
+          }));
 }
 
 template <class A>
@@ -104,8 +154,8 @@ void row_moments(int64_t n, const A* x, A* mean, A* variance) {
       sum_of<A>(n, PELT_BODY(const auto v = lanes.get(x + i) - centre; return v * v;)) / A(n);
 }
 
-template <class A>
-void row_normalise(int64_t n, const A* x, A mean, A rstd, const A* weight, const A* bias, A* out) {
+template <class O, class A>
+void row_normalise(int64_t n, const A* x, A mean, A rstd, const A* weight, const A* bias, O* out) {
   if (bias)
     each<A>(n,
             PELT_BODY(lanes.put(out + i, (lanes.get(x + i) - mean) * rstd * lanes.get(weight + i) +
@@ -118,15 +168,20 @@ void row_normalise(int64_t n, const A* x, A mean, A rstd, const A* weight, const
 template <class A>
 void row_normalise_backward(int64_t n, const A* dy, A mean, A rstd, const A* weight, A* s,
                             A* dweight, A* dbias) {
-  each<A>(n, PELT_BODY(lanes.put(s + i, (lanes.get(s + i) - mean) * rstd);));
-  if (dweight) row_add_product(n, dy, s, A(1), dweight);
-  if (dbias) row_add<A, A>(n, dy, dbias);
-  const A plain = sum_of<A>(n, PELT_BODY(return lanes.get(dy + i) * lanes.get(weight + i);)) / A(n);
-  const A along = sum_of<A>(n, PELT_BODY(return lanes.get(dy + i) * lanes.get(weight + i) *
-                                                    lanes.get(s + i);)) /
-                  A(n);
-  each<A>(n, PELT_BODY(lanes.put(s + i, (lanes.get(dy + i) * lanes.get(weight + i) - plain -
-                                         lanes.get(s + i) * along) *
+  A along = 0;
+  const A plain = sum_of_two<A>(n, &along, PELT_BODY({
+                                  const auto normal = (lanes.get(s + i) - mean) * rstd;
+                                  const auto g = lanes.get(dy + i);
+                                  lanes.put(s + i, normal);
+                                  if (dweight)
+                                    lanes.put(dweight + i, lanes.get(dweight + i) + g * normal);
+                                  if (dbias) lanes.put(dbias + i, lanes.get(dbias + i) + g);
+                                  const auto through = g * lanes.get(weight + i);
+                                  return Two<decltype(through)>{through, through * normal};
+                                }));
+  const A mean_plain = plain / A(n), mean_along = along / A(n);
+  each<A>(n, PELT_BODY(lanes.put(s + i, (lanes.get(dy + i) * lanes.get(weight + i) - mean_plain -
+                                         lanes.get(s + i) * mean_along) *
                                             rstd);));
 }
 
@@ -340,8 +395,10 @@ void activate_backward(Activation kind, int64_t n, const A* q, A* da) {
 template <class T>
 constexpr RowKernels<T> row_table() {
   using A = Acc<T>;
-  return {row_add<T>,     row_add<A, A>,       row_affine<A>,
-          row_mask<A>,    row_add_product<A>,  row_dot<A>,
-          row_moments<A>, row_normalise<A>,    row_normalise_backward<A>,
-          activate<A>,    activate_backward<A>};
+  return {row_add<T>,          row_add<A, A>,
+          row_narrow_sum<T>,   row_combine<T>,
+          row_add_product<A>,  row_dot<A>,
+          row_moments<A>,      row_normalise<T, A>,
+          row_normalise<A, A>, row_normalise_backward<A>,
+          activate<A>,         activate_backward<A>};
 }

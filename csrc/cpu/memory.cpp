@@ -1,0 +1,148 @@
+#include "memory.h"
+
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/Allocator.h>
+
+#include <cstdlib>
+#include <limits>
+#include <list>
+#include <mutex>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace pelt_fast {
+namespace {
+
+constexpr size_t kUnit = size_t(1) << 16;  // sizes are multiples of it
+constexpr size_t kHuge = size_t(2) << 20;  // a huge page
+constexpr size_t kLarge = size_t(1) << 20; // from here on: below, the C library keeps blocks itself
+
+struct Block {
+  void* memory;
+  size_t bytes;
+};
+
+class Pool final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t wanted) override {
+    const size_t bytes = (wanted + kUnit - 1) / kUnit * kUnit;
+    Block* block = reuse(bytes);
+    if (!block) block = new Block{fresh(bytes), bytes};
+    return {block->memory, block, &Pool::give_back, c10::Device(c10::kCPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override {
+    return nullptr;
+  } // the context is not the memory
+  void copy_data(void* to, const void* from, std::size_t count) const override {
+    default_copy_data(to, from, count);
+  }
+
+  int64_t kept() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return int64_t(bytes_);
+  }
+  void limit(size_t bytes) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    limit_ = bytes;
+    shrink();
+  }
+  void clear() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const size_t limit = limit_;
+    limit_ = 0;
+    shrink();
+    limit_ = limit;
+  }
+
+ private:
+  // The smallest block that fits and is not a quarter too large.
+  Block* reuse(size_t bytes) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto best = free_.end();
+    for (auto it = free_.begin(); it != free_.end(); ++it)
+      if ((*it)->bytes >= bytes && (*it)->bytes <= bytes + bytes / 4 &&
+          (best == free_.end() || (*it)->bytes < (*best)->bytes))
+        best = it;
+    if (best == free_.end()) return nullptr;
+    Block* block = *best;
+    bytes_ -= block->bytes;
+    free_.erase(best);
+    return block;
+  }
+
+  static void* fresh(size_t bytes) {
+    // on the boundary of a huge page: one fault then maps 2 MiB instead of 4 KiB
+    void* memory = std::aligned_alloc(bytes >= kHuge ? kHuge : 64,
+                                      bytes >= kHuge ? (bytes + kHuge - 1) / kHuge * kHuge : bytes);
+    if (!memory) throw std::bad_alloc();
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    // advice only: where the system refuses, nothing changes
+    if (bytes >= kHuge) (void)madvise(memory, bytes / kHuge * kHuge, MADV_HUGEPAGE);
+#endif
+    return memory;
+  }
+
+  static void give_back(void* context);
+
+  void keep(Block* block) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_front(block);
+    bytes_ += block->bytes;
+    shrink();
+  }
+
+  void shrink() {
+    while (bytes_ > limit_) {
+      Block* block = free_.back();
+      free_.pop_back();
+      bytes_ -= block->bytes;
+      std::free(block->memory);
+      delete block;
+    }
+  }
+
+  std::mutex mutex_;
+  std::list<Block*> free_; // the last freed first
+  size_t bytes_ = 0, limit_ = size_t(1) << 30;
+};
+
+// Never destroyed: tensors may outlive every other static.
+Pool& pool() {
+  static Pool* const pool = new Pool;
+  return *pool;
+}
+
+void Pool::give_back(void* context) {
+  pool().keep(static_cast<Block*>(context));
+}
+
+} // namespace
+
+at::Tensor empty_rows(int64_t rows, int64_t columns, const at::TensorOptions& options) {
+  const size_t bytes = size_t(rows * columns) * options.dtype().itemsize();
+  if (bytes < kLarge) return at::empty({rows, columns}, options);
+  at::Tensor out = at::detail::empty_generic({rows, columns}, &pool(),
+                                             c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                             c10::typeMetaToScalarType(options.dtype()), {});
+  const at::Context& context = at::globalContext();
+  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory())
+    out.fill_(std::numeric_limits<double>::quiet_NaN());
+  return out;
+}
+
+int64_t pooled_bytes() {
+  return pool().kept();
+}
+void clear_pool() {
+  pool().clear();
+}
+void set_pool_limit(int64_t bytes) {
+  pool().limit(size_t(bytes));
+}
+
+} // namespace pelt_fast
