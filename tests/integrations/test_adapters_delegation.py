@@ -246,6 +246,20 @@ def test_a_gate_over_flat_hidden_states(states, assert_delegated) -> None:
     assert_delegated(one_layer(), "", (o[0], x[0], norm), reported=False)
 
 
+@pytest.mark.parametrize("larger", [0, 1])
+def test_batches_that_differ_are_repeated(larger, states, fused) -> None:
+    # as a Parallel of prefixes leaves them
+    o, x, norm = states
+    args = [o, x]
+    args[larger] = args[larger].repeat(2, 1, 1)
+    layer = one_layer(HOULSBY)
+    expected = layer.bottleneck_layer_forward(*args, norm)
+    assert expected.shape[0] == 6
+    pelt_fast.accelerate(layer)
+    assert_equal_but_for_rounding(layer.bottleneck_layer_forward(*args, norm), expected)
+    assert fused == ["core"], "the library repeats"
+
+
 def test_a_narrow_adapter_over_a_wide_base_fails_as_in_the_library(states) -> None:
     layer = one_layer()
     layer.adapters["a"].bfloat16()
