@@ -60,9 +60,7 @@ def bottleneck_adapter_fwd(
         v, pre_stats = _normalise(v, pre_weight, pre_bias, pre_eps)
     q = F.linear(v, down.to(dtype), _as(down_bias, dtype))
     s = F.linear(activate(q, activation), up.to(dtype), _as(up_bias, dtype))
-    factor = _factor(s, scale, gate, seed, scaling, dropout_p)
-    if factor is not None:
-        s = s * factor
+    s = _times(s, scaling, scale, gate, _keep(x, seed, dropout_p), dropout_p)
     if residual_x:
         s += x
     if residual_skip and skip is not None:
@@ -108,9 +106,9 @@ def bottleneck_adapter_bwd(
         w = F.linear(a, up.to(dtype), _as(up_bias, dtype))
 
     ds, dln, dln_bias = dy, None, None
-    factor = _factor(dy, scale, gate, seed, scaling, dropout_p)
+    keep = _keep(x, seed, dropout_p)
     if ln_weight is not None and post_stats is not None and w is not None:
-        s = w if factor is None else w * factor
+        s = _times(w, scaling, scale, gate, keep, dropout_p)
         s = s + x if residual_x else s
         s = s + skip if residual_skip and skip is not None else s
         mask = [True, need.ln_weight, need.ln_bias]
@@ -118,14 +116,12 @@ def bottleneck_adapter_bwd(
 
     dscale = dgate = None
     if need.scale and scale is not None and w is not None:
-        terms = _times(ds * w, _factor(dy, None, gate, seed, scaling, dropout_p))
-        sums = terms.sum(0, dtype=wide)
+        sums = _times(ds.to(wide) * w, scaling, None, gate, keep, dropout_p).sum(0)
         dscale = sums if scale.numel() > 1 else sums.sum(0, keepdim=True)
     if need.gate and w is not None:
-        terms = _times(ds * w, _factor(dy, scale, None, seed, scaling, dropout_p))
-        dgate = terms.sum(1, dtype=wide)
+        dgate = _times(ds.to(wide) * w, scaling, scale, None, keep, dropout_p).sum(1)
 
-    dw = _times(ds, factor)
+    dw = _times(ds, scaling, scale, gate, keep, dropout_p)
     dz = dq = dpre = dpre_bias = ddown = None
     z = x + skip if skip_in and skip is not None else x
     need_z = need.x or need.skip or need.pre_weight or need.pre_bias
@@ -185,30 +181,29 @@ def _as(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if value is None else value.to(dtype)
 
 
-def _factor(
-    rows: Tensor,
+def _keep(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor | None:
+    return None if seed is None else philox_mask(seed, (x.shape[0], x.shape[1]), dropout_p)
+
+
+def _times(
+    value: Tensor,
+    scaling: float,
     scale: Tensor | None,
     gate: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
+    keep: Tensor | None,
     dropout_p: float,
-) -> Tensor | float | None:
-    """What w is multiplied by, (T, d) or broadcastable to it, in the dtype of ``rows``; None for 1."""
-    factor: Tensor | float = scaling if seed is None else scaling * keep_scale(dropout_p)
+) -> Tensor:
+    """gate · keep / (1 - p) · scaling · scale · value, in the dtype of ``value``; dropped NaN is gone."""
+    factor: Tensor | float = scaling if keep is None else scaling * keep_scale(dropout_p)
     if scale is not None:
         factor = factor * scale
     if gate is not None:
         factor = factor * gate[:, None]
-    if seed is not None:
-        keep = philox_mask(seed, (rows.shape[0], rows.shape[1]), dropout_p)
-        factor = keep.to(rows.dtype) * factor
     if isinstance(factor, Tensor):
-        return factor.to(rows.dtype)
-    return None if factor == 1.0 else factor
-
-
-def _times(value: Tensor, factor: Tensor | float | None) -> Tensor:
-    return value if factor is None else value * factor
+        value = value * factor.to(value.dtype)
+    elif factor != 1.0:
+        value = value * factor
+    return value if keep is None else torch.where(keep, value, 0.0)
 
 
 def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
