@@ -6,10 +6,10 @@ As in `tolerance.py` a result passes when, against the fp64 oracle,
 
 for the largest error and for the mean. There the bound comes from sums of squares, which holds for what is bilinear;
 here activations and layernorms are between the sums. So the oracle is run ``DRAWS`` times in Monte Carlo arithmetic
-(`perturbation.py`): as a good kernel runs, whose errors are
+(`perturbation.py`): as a good composition of operations runs, whose errors are
 
-- one roundoff u of x's dtype in v, q, a and w, which go into a product or come out of one, in the gradient
-  of each, and in parameters wider than x;
+- one roundoff u of x's dtype in v, q, a and w, which go into a product or come out of one, in the scaled w, in the
+  gradient of each, and in parameters wider than x;
 - the accumulation of each sum: the products, the statistics of layernorms, the gradients of what is broadcast.
 
 What these errors do to a result, at each element, is the root mean square R over the draws of its distance from the
@@ -152,6 +152,7 @@ class _Model:
         if s.gate is not None:
             gate = s.gate.expand(*s.x.shape[:-1], 1).reshape(n, tokens, 1)
             w = w * e.columns(e.rounded(gate), d)
+        w = e.rounded(w)
         y = w + x if s.residual_x else w
         y = y + skip if s.residual_skip and skip is not None else y
         if s.ln_weight is not None:
