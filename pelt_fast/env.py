@@ -7,6 +7,7 @@
 | ``PELT_FAST_TRITON_CPU`` | ``1``: a stand-in driver runs Triton kernels on CPU tensors (kernel proofs) | ``0`` |
 | ``PELT_FAST_CPU_ISA`` | highest instruction set of C++ kernels: ``amx``, ``avx512``, ``avx2``, ``default`` | best |
 | ``PELT_FAST_PACK_LIMIT_MB`` | memory for packed copies of frozen weights, in MiB; ``0`` keeps none | ``4096`` |
+| ``PELT_FAST_POOL_LIMIT_MB`` | freed memory of large CPU results that is kept for the next, in MiB; ``0`` keeps none | ``1024`` |
 
 ``PELT_FAST_BUILD`` is read by ``setup.py`` alone.
 """
@@ -32,6 +33,7 @@ class Env:
     triton_cpu: bool = False
     cpu_isa: str | None = None
     pack_limit_mb: int = 4096
+    pool_limit_mb: int = 1024
 
     @classmethod
     def parse(cls, environ: Mapping[str, str]) -> Env:
@@ -42,6 +44,7 @@ class Env:
             triton_cpu=_flag(environ, "PELT_FAST_TRITON_CPU"),
             cpu_isa=_choice(environ, "PELT_FAST_CPU_ISA", CPU_ISAS),
             pack_limit_mb=_count(environ, "PELT_FAST_PACK_LIMIT_MB", 4096),
+            pool_limit_mb=_count(environ, "PELT_FAST_POOL_LIMIT_MB", 1024),
         )
 
 

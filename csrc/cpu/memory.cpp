@@ -30,10 +30,12 @@ struct Block {
 class Pool final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t wanted) override {
+    const c10::Device cpu(c10::kCPU);
+    if (wanted == 0) return {nullptr, cpu}; // a storage that was resized to nothing
     const size_t bytes = (wanted + kUnit - 1) / kUnit * kUnit;
     Block* block = reuse(bytes);
     if (!block) block = new Block{fresh(bytes), bytes};
-    return {block->memory, block, &Pool::give_back, c10::Device(c10::kCPU)};
+    return {block->memory, block, &Pool::give_back, cpu};
   }
   c10::DeleterFnPtr raw_deleter() const override {
     return nullptr;

@@ -64,5 +64,5 @@ class BottleneckAdapterFunction(torch.autograd.Function):
                 *(*numbers, wanted, backend),
             )
         if alike or added_last:
-            grads[1] = grads[0] if alike else dy
+            grads = [grads[0], grads[0] if alike else dy, *grads[2:]]
         return (None, None, *[g if need else None for g, need in zip(grads, needs, strict=True)])

@@ -111,7 +111,10 @@ def bottleneck_adapter(
     seed = new_seed(call.x.device) if call.settings.dropout_p else None
     if call.function is not None:
         return _compose(call, call.function, seed)
-    return BottleneckAdapterFunction.apply(call.settings, seed, call.x, call.skip, *call.parameters)
+    arguments = (call.x, call.skip, *call.parameters)
+    if torch.compiler.is_compiling():
+        arguments = _once_each(arguments)
+    return BottleneckAdapterFunction.apply(call.settings, seed, *arguments)
 
 
 def explain_bottleneck_adapter(
@@ -162,6 +165,14 @@ def explain_bottleneck_adapter(
             )
             for name in ("bottleneck_adapter_fwd", "bottleneck_adapter_bwd")
         )
+    )
+
+
+def _once_each(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Repeats as views: Dynamo takes no Function that gets a tensor twice, as Pfeiffer's gets its layernorm."""
+    return tuple(
+        t.view_as(t) if t is not None and any(t is u for u in tensors[:i]) else t
+        for i, t in enumerate(tensors)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -12,11 +13,11 @@ from pelt_fast.dispatch import backend
 
 @pytest.fixture
 def cpp(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    found = backend("cpp")
+    found = backend("cpp", "lora")
     if found.module is None:
         required = "cpp" in request.config.getoption("--require-backends").split(",")
         (pytest.fail if required else pytest.skip)(f"cpp: {found.missing}")
-    module = found.module
+    module = importlib.import_module("pelt_fast.backends.cpp")
     isa = module.isa()
     module.clear_packed()
     yield module

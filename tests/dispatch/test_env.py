@@ -23,13 +23,14 @@ def test_values():
             "PELT_FAST_TRITON_CPU": "yes",
             "PELT_FAST_CPU_ISA": "AVX2",
             "PELT_FAST_PACK_LIMIT_MB": "0",
+            "PELT_FAST_POOL_LIMIT_MB": "7",
         }
     )
-    assert parsed == Env("torch", True, True, "avx2", 0)
+    assert parsed == Env("torch", True, True, "avx2", 0, 7)
 
 
 def test_empty_means_unset():
-    names = ("BACKEND", "STRICT", "TRITON_CPU", "CPU_ISA", "PACK_LIMIT_MB")
+    names = ("BACKEND", "STRICT", "TRITON_CPU", "CPU_ISA", "PACK_LIMIT_MB", "POOL_LIMIT_MB")
     assert Env.parse({f"PELT_FAST_{name}": "" for name in names}) == Env()
 
 
@@ -44,6 +45,7 @@ def test_empty_means_unset():
         ("PELT_FAST_PACK_LIMIT_MB", "1.5", "a whole number"),
         ("PELT_FAST_PACK_LIMIT_MB", "lots", "a whole number"),
         ("PELT_FAST_PACK_LIMIT_MB", str(2**43), f"0 to {2**43 - 1}"),
+        ("PELT_FAST_POOL_LIMIT_MB", "some", "a whole number"),
     ],
 )
 def test_nonsense_names_the_variable_the_value_and_what_is_allowed(name, value, expected):
