@@ -15,8 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.case import Case
 from bench.families import family_of
 from bench.measure import Limits, Row, measure
-
-QUICK_BUDGET_S, FULL_BUDGET_S = 170.0, 2400.0
+from bench.suite import FULL_BUDGET_S, QUICK_BUDGET_S
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -68,7 +67,7 @@ class Table:
         share = left / max(1, self._total - len(self._rows))
         # A part of each share goes into building, checking and watching.
         sample_s = min(0.7 * share, 30.0 if self._full else 6.0)
-        limits = Limits(sample_s, round_s=60.0 if self._full else 4.0)
+        limits = Limits(sample_s, round_s=60.0 if self._full else 1.5)
         return measure(family_of(case), case, self._device, limits)
 
 

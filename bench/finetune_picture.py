@@ -51,13 +51,13 @@ def _loss_panel(axis: Any, one: dict[str, Any]) -> None:
             np.arange(1, len(curve) + 1),
             curve,
             color=COLORS[kind],
-            label=_label(kind, one),
+            label=LABELS[kind],
             solid_capstyle="round",
             **look,
         )
     method = METHODS[one["plan"]["method"]]
-    caption(axis, f"{method.words}, {one['plan']['dtype']}: training loss, same data and seed")
-    axis.set_xlabel("step (mean of the last 10)")
+    caption(axis, f"{method.words}, {one['plan']['dtype']}: training loss")
+    axis.set_xlabel("step, same data for all (mean of the last 10)")
     axis.grid(axis="y", color=GRID, lw=0.7)
     axis.tick_params(length=0)
     axis.legend(frameon=False, fontsize=9)
@@ -99,13 +99,9 @@ def _step_panel(axis: Any, one: dict[str, Any]) -> None:
     axis.spines["left"].set_visible(False)
 
 
-def _label(kind: str, one: dict[str, Any]) -> str:
-    return LABELS[kind] if kind != "eager" else f"{METHODS[one['plan']['method']].library}, eager"
-
-
 def _with_accuracy(kind: str, one: dict[str, Any]) -> str:
     """On held-out text, over seeds where there are several."""
-    accuracy, label = one["runs"][kind]["accuracy"], _label(kind, one)
+    accuracy, label = one["runs"][kind]["accuracy"], LABELS[kind]
     if not accuracy:
         return label
     mean, spread = mean_and_spread(accuracy)

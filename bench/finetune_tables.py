@@ -22,7 +22,7 @@ def headline(one: One) -> str:
     )
     rival = METHODS[plan["method"]].library
     text = f"MiniLM fine-tune in {plan['dtype']}: forward and backward take "
-    text += f"{times['accelerated'] / times['eager']:.2f} × the time of {rival}"
+    text += f"{times['accelerated'] / times['eager']:.2f} × {rival}'s time"
     if not one["trained"]:
         return text + " (timed in a few steps, not trained)."
     if one["overhead"]:

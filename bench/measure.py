@@ -61,7 +61,8 @@ class Limits:
     sample_s: float
     """For the samples of all contenders; one round of them is the least."""
     round_s: float
-    """A row whose single round would take longer is listed as not run, with the estimate."""
+    """A row whose single round would take longer is listed as not run, with the estimate: checking
+    and watching its memory take four more."""
 
 
 def measure(

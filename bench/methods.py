@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,8 @@ def _with_adapters(model: nn.Module) -> nn.Module:
     """The adapters library as it comes: Houlsby's configuration, in the model's dtype."""
     import adapters
 
+    # between `init` and `add_adapter` it says that no adapter is active, for every model
+    logging.getLogger("adapters").setLevel(logging.ERROR)
     dtype = next(model.parameters()).dtype
     adapters.init(model)
     model.add_adapter("reviews", config=ADAPTER)  # type: ignore[operator]
@@ -79,7 +82,7 @@ METHODS = {
     for method in (
         Method(
             "lora",
-            "LoRA",
+            "LoRA by PEFT",
             f"LoRA r = {RANK} on every linear",
             "PEFT",
             2e-3,
@@ -90,10 +93,10 @@ METHODS = {
         ),
         Method(
             "adapter",
-            "Adapters",
+            "Adapters by AdapterHub",
             f"two bottleneck adapters in each layer ({ADAPTER})",
-            "adapters",
-            2e-3,
+            "the adapters library",
+            3e-3,
             _with_adapters,
             lambda name, module: name.endswith("attention.output.dense"),
         ),

@@ -85,6 +85,8 @@ def markdown(results: Results, folder: Path, root: Path) -> str:
     for name, words in PICTURES.items():
         if (folder / name).exists():
             parts += [f"![{words}]({Path(os.path.relpath(folder / name, root)).as_posix()})", ""]
-    for family in SECTIONS:
-        parts += [table.markdown() for table in tables(results, family)]
+    for family, section in SECTIONS.items():
+        found = tables(results, family)
+        parts += [f"### {section.TITLE}", ""] if found else []
+        parts += [table.markdown() for table in found]
     return "\n".join(parts) + "\n"

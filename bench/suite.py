@@ -15,6 +15,8 @@ from .case import Case
 from .family import Family
 from .timing import InjectedTimer
 
+QUICK_BUDGET_S, FULL_BUDGET_S = 200.0, 2400.0
+"""For the rows of all families."""
 TIMER = InjectedTimer()
 MARKS = [
     pytest.mark.benchmark(timer=TIMER),
