@@ -50,12 +50,13 @@ from .operands import (
 
 @dataclass(frozen=True)
 class ColumnsConfig:
-    """Tile sizes, and the strips of tokens of one slab."""
+    """Tile sizes, the strips of tokens of one slab; ``apart``: one launch for D's side, one for U's."""
 
     block_t: int
     block_d: int
     block_m: int
     strips: int
+    apart: bool = False
     num_warps: int = 4
     num_stages: int = 2
 
@@ -73,6 +74,16 @@ class ColumnGrads(NamedTuple):
     ln_weight: Tensor | None
     ln_bias: Tensor | None
 
+    def sides(self) -> list[ColumnGrads]:
+        """D's side and U's side; one of which nothing is wanted is left out."""
+        nothing = ColumnGrads(*[None] * len(self))
+        below = ("down", "down_bias", "pre_weight", "pre_bias")
+        found = [
+            nothing._replace(**{k: v for k, v in self._asdict().items() if (k in below) == side})
+            for side in (True, False)
+        ]
+        return [side for side in found if any(grad is not None for grad in side)]
+
 
 @lru_cache(maxsize=1024)
 def default_config(problem: Any) -> ColumnsConfig:
@@ -87,7 +98,8 @@ def default_config(problem: Any) -> ColumnsConfig:
     allowed -= 2 * size * t * m + 8 * t
     strips = cdiv(2 * sm_count(problem.arch), cdiv(d, 16) * cdiv(m, block_m))
     strips = min(strips, allowed // (4 * (2 * d * m + 6 * d)), cdiv(t, block_t))
-    return ColumnsConfig(block_t, 16, block_m, max(strips, 1), 4, 2)
+    # A layernorm before the adapter adds two sums and a product, for which registers do not suffice.
+    return ColumnsConfig(block_t, 16, block_m, max(strips, 1), problem.pre_ln, 4, 2)
 
 
 def candidate_configs(problem: Any) -> Iterator[ColumnsConfig]:
@@ -299,25 +311,26 @@ def launch_grad_columns(
         config.strips,
         cdiv(ops.bottleneck, config.block_m),
     )
-    _adapter_columns_kernel[grid](
-        ops,
-        partials.places,
-        dy,
-        a,
-        dq,
-        pre_stats,
-        post_stats,
-        sums,
-        rows.start,
-        rows.stop,
-        strip_rows,
-        dy.stride(0),
-        partials.stride,
-        FORM=form.tiled(ops, config),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,  # said aloud: Triton 3.9 warns, and 3.10 changes the default
-    )
+    for places in partials.places.sides() if config.apart else [partials.places]:
+        _adapter_columns_kernel[grid](
+            ops,
+            places,
+            dy,
+            a,
+            dq,
+            pre_stats,
+            post_stats,
+            sums,
+            rows.start,
+            rows.stop,
+            strip_rows,
+            dy.stride(0),
+            partials.stride,
+            FORM=form.tiled(ops, config),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=True,  # said aloud: Triton 3.9 warns, and 3.10 changes the default
+        )
 
 
 def cost(problem: Any) -> Cost:

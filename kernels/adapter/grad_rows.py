@@ -70,7 +70,8 @@ def default_config(problem: Any) -> RowsConfig:
     """The longest blocks of rows that still give every multiprocessor one: each block reads D and U from L2."""
     wide = itemsize(problem.dtype) == 4
     block_m = power_of_two(problem.bottleneck, 16, 64 if wide else 128)
-    block_t = rows_of_block(problem, 16 if block_m > 64 else 32)
+    # da of a wide bottleneck, or a mask, leaves no registers for more rows.
+    block_t = rows_of_block(problem, 16 if block_m > 64 or problem.dropout else 32)
     return RowsConfig(block_t, chunk_of_columns(problem, 64), block_m, 4, 2)
 
 
