@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from math import prod
 
 import torch
@@ -28,7 +27,6 @@ GRADIENTS = (
     "ln_bias",
 )
 """What backward returns, in this order."""
-_NOTHING = nullcontext()
 
 
 def problem_of(
@@ -109,43 +107,35 @@ def _forward(
         dropout=seed is not None,
     )
     run = select(problem, backend or asked_for()).module
-    with _autocast_off(rows):
-        y, q, pre_stats, post_stats = run.bottleneck_adapter_fwd(
-            rows,
-            None if skip is None else to_rows(skip),
-            down,
-            down_bias,
-            up,
-            up_bias,
-            scale,
-            gate,
-            pre_weight,
-            pre_bias,
-            ln_weight,
-            ln_bias,
-            seed,
-            activation,
-            scaling,
-            pre_eps,
-            eps,
-            dropout_p,
-            skip_in,
-            residual_x,
-            residual_skip,
-        )
+    y, q, pre_stats, post_stats = run.bottleneck_adapter_fwd(
+        rows,
+        None if skip is None else to_rows(skip),
+        down,
+        down_bias,
+        up,
+        up_bias,
+        scale,
+        gate,
+        pre_weight,
+        pre_bias,
+        ln_weight,
+        ln_bias,
+        seed,
+        activation,
+        scaling,
+        pre_eps,
+        eps,
+        dropout_p,
+        skip_in,
+        residual_x,
+        residual_skip,
+    )
     return (
         from_rows(y, x.shape),
         q,
         _no_stats(x) if pre_stats is None else pre_stats,
         _no_stats(x) if post_stats is None else post_stats,
     )
-
-
-def _autocast_off(rows: Tensor) -> AbstractContextManager[object]:
-    """The dtype is chosen, and may be wider than autocast's: PyTorch's operators in a backend must not choose again."""
-    device_type = rows.device.type
-    enabled = torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if enabled else _NOTHING
 
 
 def _no_stats(x: Tensor) -> Tensor:
@@ -236,35 +226,34 @@ def _backward(
         dropout=seed is not None,
     )
     run = select(problem, backend or asked_for()).module
-    with _autocast_off(rows):
-        grads = run.bottleneck_adapter_bwd(
-            rows,
-            to_rows(x),
-            None if skip is None else to_rows(skip),
-            q,
-            pre_stats if pre_weight is not None else None,
-            post_stats if ln_weight is not None else None,
-            down,
-            down_bias,
-            up,
-            up_bias,
-            scale,
-            gate,
-            pre_weight,
-            pre_bias,
-            ln_weight,
-            ln_bias,
-            seed,
-            activation,
-            scaling,
-            pre_eps,
-            eps,
-            dropout_p,
-            skip_in,
-            residual_x,
-            residual_skip,
-            needs,
-        )
+    grads = run.bottleneck_adapter_bwd(
+        rows,
+        to_rows(x),
+        None if skip is None else to_rows(skip),
+        q,
+        pre_stats if pre_weight is not None else None,
+        post_stats if ln_weight is not None else None,
+        down,
+        down_bias,
+        up,
+        up_bias,
+        scale,
+        gate,
+        pre_weight,
+        pre_bias,
+        ln_weight,
+        ln_bias,
+        seed,
+        activation,
+        scaling,
+        pre_eps,
+        eps,
+        dropout_p,
+        skip_in,
+        residual_x,
+        residual_skip,
+        needs,
+    )
     dx, dskip, *rest = [dy.new_empty(0) if g is None else g for g in grads]
     return [
         from_rows(dx, dy.shape) if needs[0] else dx,
