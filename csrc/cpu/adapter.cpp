@@ -315,6 +315,8 @@ struct Backward {
   using T = typename E::T;
   using A = typename E::A;
 
+  static constexpr int64_t kRun = 12; // rows in the shortest sums
+
   const Block<E>& block;
   const Needs need;
   const Rows<T> dy, q;
@@ -346,16 +348,19 @@ struct Backward {
     A* const down_bias_sum = dq + count * mp;
     for (int64_t i = 0; i < count; ++i) block.activate(q[begin + i], wide_q + i * mp, a + i * mp);
 
-    // what this block adds to the sums: kept apart, so that a sum of many rows has short runs
-    A* const sums = w.shrunk.template get<A>((kSums + 2) * ld);
-    std::fill_n(sums, kSums * ld, A(0));
-    A *const row_of_dy = sums + kSums * ld, *const row_of_w = row_of_dy + ld;
+    // what a few rows and what this block add to the sums, kept apart: the error of a sum grows
+    // with the length of its runs
+    A* const sums = w.shrunk.template get<A>((2 * kSums + 2) * ld);
+    std::fill_n(sums, 2 * kSums * ld, A(0));
+    A *const row_of_dy = sums + 2 * kSums * ld, *const row_of_w = row_of_dy + ld;
 
     A* const ds = w.product.template get<A>(count * ld);
     A* const dw = scales() ? w.right.template get<A>(count * ld) : ds;
     if (up) up->product(engine, count, engine.left_of(count, block.m, {a, mp}, w.masked), ds, ld);
-    for (int64_t i = 0; i < count; ++i)
+    for (int64_t i = 0; i < count; ++i) {
       through_output(begin + i, ds + i * ld, dw + i * ld, sums, row_of_dy, row_of_w);
+      if (i % kRun == kRun - 1) settle(sums);
+    }
 
     if (need.dq()) {
       up_t->product(engine, count, engine.left_of(count, d, {dw, ld}, w.masked), dq, mp);
@@ -372,10 +377,13 @@ struct Backward {
     if (need.dz()) {
       A* const dv = w.left.template get<A>(count * ld);
       down_t->product(engine, count, engine.left_of(count, block.m, {dq, mp}, w.masked), dv, ld);
-      for (int64_t i = 0; i < count; ++i)
+      for (int64_t i = 0; i < count; ++i) {
         through_input(begin + i, ds + i * ld, dv + i * ld, sums, row_of_w);
+        if (i % kRun == kRun - 1) settle(sums);
+      }
     }
-    flush(chunk, sums, down_bias_sum);
+    settle(sums);
+    flush(chunk, sums + kSums * ld, down_bias_sum);
     engine.finish();
   }
 
@@ -444,11 +452,25 @@ struct Backward {
                  engine.right_of(count, block.d, rows, w.masked), sum.of(chunk), sum.ld);
   }
 
-  void flush(int64_t chunk, const A* sums, const A* down_bias_sum) const {
+  bool wanted(int64_t sum) const {
     const bool wanted[kSums] = {need.up_bias,  need.scale,     need.pre_weight,
                                 need.pre_bias, need.ln_weight, need.ln_bias};
+    return wanted[sum];
+  }
+
+  // Moves the sums of a few rows to those of the block, which come next in memory.
+  void settle(A* sums) const {
+    for (int64_t k = 0; k < kSums; ++k) {
+      if (!wanted(k)) continue;
+      A* const few = sums + k * block.ld;
+      block.row().add_wide(block.d, few, few + kSums * block.ld);
+      std::fill_n(few, block.d, A(0));
+    }
+  }
+
+  void flush(int64_t chunk, const A* sums, const A* down_bias_sum) const {
     for (int64_t k = 0; k < kSums; ++k)
-      if (wanted[k])
+      if (wanted(k))
         block.row().add_wide(block.d, sums + k * block.ld, vectors.of(chunk) + k * vectors.ld);
     if (need.down_bias) block.row().add_wide(block.m, down_bias_sum, down_biases.of(chunk));
   }

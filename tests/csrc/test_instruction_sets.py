@@ -47,36 +47,18 @@ def run(inputs):
     return oracle.run_with_masks(call, inputs)
 
 
-# the tiles and layouts of AMX with plain products: its code without its hardware
-EMULATED = "amx_emulated"
-
-
-@pytest.fixture(params=[*CPU_ISAS, EMULATED])
-def isa(request, cpp):
-    if request.param not in (*cpp.available_isas(), EMULATED):
-        pytest.skip(f"this machine has {', '.join(cpp.available_isas())}")
-    cpp.set_isa(request.param)
-    assert cpp.isa() == request.param
-    return request.param
-
-
-def skip_what_amx_leaves_to_others(isa, dtype):
-    if isa in ("amx", EMULATED) and dtype != torch.bfloat16:
-        pytest.skip("AMX multiplies bf16; other dtypes run as under the next lower set")
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*PLAIN, *EDGES], ids=str)
-def test_matches_the_oracle(case, dtype, isa):
-    skip_what_amx_leaves_to_others(isa, dtype)
+def test_matches_the_oracle(case, dtype, run_on):
+    run_on(dtype)
     inputs = case.make(dtype)
     results, keep = run(inputs)
     assert_accurate(results, inputs, keep)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_fp32_adapters_and_a_shrink_that_overflows(dtype, isa):
-    skip_what_amx_leaves_to_others(isa, dtype)
+def test_fp32_adapters_and_a_shrink_that_overflows(dtype, run_on):
+    run_on(dtype)
     for case in (MIXED_DTYPE[-1], FP16_OVERFLOW):
         inputs = case.make(dtype)
         results, keep = run(inputs)
@@ -99,9 +81,9 @@ def test_rows_that_overlap(rows, isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-def test_memory_kept_between_calls_leaks_nothing(dtype, isa):
+def test_memory_kept_between_calls_leaks_nothing(dtype, run_on):
     """Tiles live in memory that a thread keeps; here it holds NaN when the next call begins."""
-    skip_what_amx_leaves_to_others(isa, dtype)
+    run_on(dtype)
     n = 700
     for p in (0.0, 0.5):
         inputs = Case("", (200,), n, n, (Adapter(256, dropout_p=p),)).make(dtype)
@@ -117,7 +99,7 @@ def test_sets_agree_on_the_mask(dtype, cpp):
     """What p = ½ drops is the same on each: the outputs agree, closer than one flipped element would let them."""
     inputs = Case("", (9,), 77, 40, (Adapter(8, 4.0, 0.5),)).make(dtype)
     outputs = []
-    for name in (*cpp.available_isas(), EMULATED):
+    for name in (*cpp.available_isas(), "amx_emulated"):
         cpp.set_isa(name)
         outputs.append(run(inputs)[0])
     for other in outputs[1:]:
