@@ -83,8 +83,9 @@ def default_config(problem: Any) -> ForwardConfig:
     block_m = power_of_two(problem.bottleneck, 16, 64 if wide else 128)
     block_d = chunk_of_columns(problem, 128)
     block_t = rows_of_block(problem, 32 if problem.bottleneck > 128 else 64)
-    # 96 registers a thread of s, of 255
-    held = problem.post_ln and not wide and block_m <= 64 and block_t * problem.features <= 24576
+    # s: 96 of a thread's 255 registers, in a dozen chunks of straight-line code at most
+    few = block_t * problem.features <= 24576 and problem.features % 8 == 0
+    held = problem.post_ln and not wide and block_m <= 64 and few
     return ForwardConfig(block_t, block_d, block_m, held, 8 if held or block_t > 16 else 4, 2)
 
 

@@ -171,7 +171,7 @@ def _adapter_columns_kernel(
     first_row = begin + strip * strip_rows
     for t in range(first_row, min(first_row + strip_rows, end), FORM.block_t):
         rows = (t + tl.arange(0, FORM.block_t)).to(tl.int64)
-        live_t = (rows < end) & (rows < first_row + strip_rows)
+        live_t = rows < end  # strips are whole blocks
         if NEED_DS or grads.ln_bias is not None:
             dy = row_tile(dy_ptr, stride_dyt, rows, live_t, columns, live_c)
             if grads.ln_bias is not None:

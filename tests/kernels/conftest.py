@@ -142,3 +142,18 @@ def far_rows(tmp_path: Path) -> Callable[[Tensor, str], Tensor]:
         return far
 
     return moved
+
+
+@pytest.fixture
+def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tiles: chunks, tiles of the bottleneck, strips and slabs, more than one of each at 36 x 40 x 20."""
+    from pelt_fast.kernels.adapter import choice, forward, grad_columns, grad_rows
+
+    columns = grad_columns.ColumnsConfig(16, 32, 16, 2)
+    held = forward.ForwardConfig(16, 32, 16, True)
+    monkeypatch.setattr(forward, "default_config", lambda problem: held)
+    monkeypatch.setattr(
+        grad_rows, "default_config", lambda problem: grad_rows.RowsConfig(16, 32, 16)
+    )
+    monkeypatch.setattr(grad_columns, "default_config", lambda problem: columns)
+    monkeypatch.setattr(choice, "slab_rows", lambda problem, streams: 32)

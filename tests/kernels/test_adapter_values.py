@@ -21,7 +21,7 @@ from pelt_fast.testing.adapter_workloads import (
 )
 
 pytest.importorskip("triton")
-from pelt_fast.kernels.adapter import choice, forward, grad_columns, grad_rows
+from pelt_fast.kernels.adapter import forward
 from pelt_fast.testing.gpu_free import Trace
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -69,19 +69,6 @@ def _check(kernels, inputs, capability=90):
 )
 def test_fp16_near_overflow(case, adapter_kernels):
     _check(adapter_kernels, case.make(torch.float16, adapter_kernels.device))
-
-
-@pytest.fixture
-def several_blocks(monkeypatch):
-    """Small tiles: chunks, tiles of the bottleneck, strips and slabs, more than one of each at 36 x 40 x 20."""
-    columns = grad_columns.ColumnsConfig(16, 32, 16, 2)
-    held = forward.ForwardConfig(16, 32, 16, True)
-    monkeypatch.setattr(forward, "default_config", lambda problem: held)
-    monkeypatch.setattr(
-        grad_rows, "default_config", lambda problem: grad_rows.RowsConfig(16, 32, 16)
-    )
-    monkeypatch.setattr(grad_columns, "default_config", lambda problem: columns)
-    monkeypatch.setattr(choice, "slab_rows", lambda problem, streams: 32)
 
 
 @pytest.mark.parametrize("block", [HOULSBY, EVERYTHING], ids=["houlsby", "everything"])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ...backends.triton_ import lora as triton_lora
+from ..adapter_workloads import AdapterInputs
 from ..oracle import as_rows
 from ..workloads import Adapter, Case, LoRAInputs
 from . import Trace, compiling, inspect_launches, interpreting
@@ -54,6 +55,25 @@ def compulsory_bytes(case: Case, size: int, backward: bool) -> int:
     if not backward:
         return size * (base + adapters + s)
     return size * (base + t * k + 2 * adapters + s)
+
+
+def adapter_compulsory_bytes(inputs: AdapterInputs, backward: bool) -> int:
+    """Every tensor of the call once: arguments and what forward saved read, results written.
+
+    One gradient serves x and skip where they are alike.
+    """
+    tensors = dict(inputs.named_tensors())
+    dy, x = tensors.pop("dy"), tensors["x"]
+    saved = x.element_size() * inputs.tokens * inputs.down.shape[0]
+    saved += 8 * inputs.tokens * ((inputs.pre_weight is not None) + (inputs.ln_weight is not None))
+    arguments = sum(t.nbytes for t in tensors.values())
+    if not backward:
+        return arguments + saved + x.nbytes
+    alike = inputs.skip_in and inputs.residual_x == inputs.residual_skip
+    results = arguments - (x.nbytes if alike else 0)
+    # of the biases that are added last backward reads nothing
+    unread = sum(t.nbytes for t in (inputs.down_bias, inputs.ln_bias) if t is not None)
+    return dy.nbytes + arguments - unread + saved + results
 
 
 def eager_bytes(case: Case, size: int, backward: bool) -> int:
