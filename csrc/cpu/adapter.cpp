@@ -322,7 +322,8 @@ struct Backward {
   const Rows<T> dy, q;
   const A *const pre, *const post;
   const Matrix *const up, *const up_t, *const down_t; // null where no product needs them
-  Reduction<A> ups, downs, vectors, down_biases;
+  Reduction<A> ups, downs;
+  Reduction<double> vectors, down_biases; // over all rows: they are short, and may be exact
   T *dx = nullptr, *dskip = nullptr;
   A* dgate = nullptr;
 
@@ -333,7 +334,9 @@ struct Backward {
   }
 
   void start(int64_t chunk) const {
-    for (const Reduction<A>* sum : {&ups, &downs, &vectors, &down_biases})
+    for (const Reduction<A>* sum : {&ups, &downs})
+      if (sum->r) sum->start(chunk);
+    for (const Reduction<double>* sum : {&vectors, &down_biases})
       if (sum->r) sum->start(chunk);
   }
 
@@ -359,7 +362,7 @@ struct Backward {
     if (up) up->product(engine, count, engine.left_of(count, block.m, {a, mp}, w.masked), ds, ld);
     for (int64_t i = 0; i < count; ++i) {
       through_output(begin + i, ds + i * ld, dw + i * ld, sums, row_of_dy, row_of_w);
-      if (i % kRun == kRun - 1) settle(sums);
+      if (i % kRun == kRun - 1) settle(chunk, sums);
     }
 
     if (need.dq()) {
@@ -367,7 +370,10 @@ struct Backward {
       std::fill_n(down_bias_sum, mp, A(0));
       for (int64_t i = 0; i < count; ++i) {
         block.row().activate_backward(block.activation, mp, wide_q + i * mp, dq + i * mp);
-        if (need.down_bias) block.row().add_wide(block.m, dq + i * mp, down_bias_sum);
+        if (!need.down_bias) continue;
+        block.row().add_wide(block.m, dq + i * mp, down_bias_sum);
+        if (i % kRun == kRun - 1 || i == count - 1)
+          move(block.m, down_bias_sum, down_biases.of(chunk));
       }
     }
     if (need.up) reduce(ups, chunk, count, {a, mp}, {dw, ld});
@@ -379,11 +385,10 @@ struct Backward {
       down_t->product(engine, count, engine.left_of(count, block.m, {dq, mp}, w.masked), dv, ld);
       for (int64_t i = 0; i < count; ++i) {
         through_input(begin + i, ds + i * ld, dv + i * ld, sums, row_of_w);
-        if (i % kRun == kRun - 1) settle(sums);
+        if (i % kRun == kRun - 1) settle(chunk, sums);
       }
     }
-    settle(sums);
-    flush(chunk, sums + kSums * ld, down_bias_sum);
+    settle(chunk, sums);
     engine.finish();
   }
 
@@ -458,21 +463,15 @@ struct Backward {
     return wanted[sum];
   }
 
-  // Moves the sums of a few rows to those of the block, which come next in memory.
-  void settle(A* sums) const {
-    for (int64_t k = 0; k < kSums; ++k) {
-      if (!wanted(k)) continue;
-      A* const few = sums + k * block.ld;
-      block.row().add_wide(block.d, few, few + kSums * block.ld);
-      std::fill_n(few, block.d, A(0));
-    }
+  // Moves the sums of a few rows to those of the chunk.
+  void settle(int64_t chunk, A* sums) const {
+    for (int64_t k = 0; k < kSums; ++k)
+      if (wanted(k)) move(block.d, sums + k * block.ld, vectors.of(chunk) + k * vectors.ld);
   }
 
-  void flush(int64_t chunk, const A* sums, const A* down_bias_sum) const {
-    for (int64_t k = 0; k < kSums; ++k)
-      if (wanted(k))
-        block.row().add_wide(block.d, sums + k * block.ld, vectors.of(chunk) + k * vectors.ld);
-    if (need.down_bias) block.row().add_wide(block.m, down_bias_sum, down_biases.of(chunk));
+  static void move(int64_t n, A* few, double* sum) {
+    for (int64_t i = 0; i < n; ++i) sum[i] += double(few[i]);
+    std::fill_n(few, n, A(0));
   }
 };
 
@@ -515,9 +514,9 @@ std::array<OptionalTensor, kAdapterGradients> bottleneck_adapter_bwd(
                          pointer(down_t)};
     if (need.up) backward.ups = Reduction<A>(chunks, m, d);
     if (need.down) backward.downs = Reduction<A>(chunks, m, d);
-    if (need.down_bias) backward.down_biases = Reduction<A>(chunks, 1, m);
+    if (need.down_bias) backward.down_biases = Reduction<double>(chunks, 1, m);
     if (std::find(needs.begin() + 5, needs.end(), true) != needs.end())
-      backward.vectors = Reduction<A>(chunks, kSums, d);
+      backward.vectors = Reduction<double>(chunks, kSums, d);
     const auto rows_like = [&](OptionalTensor& gradient) {
       gradient = empty_rows(block.rows, d, x.options());
       return static_cast<T*>(gradient->mutable_data_ptr());
@@ -546,7 +545,7 @@ std::array<OptionalTensor, kAdapterGradients> bottleneck_adapter_bwd(
       out[4] = gradient(backward.ups.total(), backward.ups.ld, 0, m, d, 1.0, true,
                         tensors.up.scalar_type());
     if (!backward.vectors.r) return;
-    const A* sums = backward.vectors.total();
+    const double* sums = backward.vectors.total();
     const auto vector = [&](Sums which, const OptionalTensor& like) {
       return gradient(sums, backward.vectors.ld, which, 1, d, 1.0, false, like->scalar_type())
           .reshape({d});
@@ -554,8 +553,7 @@ std::array<OptionalTensor, kAdapterGradients> bottleneck_adapter_bwd(
     if (need.up_bias) out[5] = vector(kUpBias, tensors.up_bias);
     if (need.scale) {
       const bool one = tensors.scale->numel() == 1 && d > 1;
-      out[6] = one ? gradient(sums, backward.vectors.ld, kScale, 1, d, 1.0, false,
-                              at::CppTypeToScalarType<A>::value)
+      out[6] = one ? gradient(sums, backward.vectors.ld, kScale, 1, d, 1.0, false, at::kDouble)
                          .sum()
                          .reshape({1})
                          .to(tensors.scale->scalar_type())
