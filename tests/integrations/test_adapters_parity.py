@@ -116,7 +116,7 @@ BOTTLENECKS = [
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in ("bert", "t5", "qwen2") else pytest.param(name, marks=pytest.mark.slow)
+        name if name in ("bert", "qwen2") else pytest.param(name, marks=pytest.mark.slow)
         for name in MODELS
     ],
 )
@@ -242,7 +242,9 @@ RANDOM = {
 }
 
 
-@pytest.mark.parametrize("config", [adapters.AdapterPlusConfig(), *RANDOM.values()], ids=str)
+@pytest.mark.parametrize(
+    "config", [adapters.AdapterPlusConfig(), *RANDOM.values()], ids=["plus", *RANDOM]
+)
 def test_nothing_is_random_in_evaluation(config, torchvision, fused) -> None:
     model = adapted("bert", config).eval()
     assert_same_in_fp64(model, ARCHITECTURES["bert"].batch())

@@ -181,7 +181,7 @@ FOUR = (HOULSBY, PFEIFFER, MAM, HOULSBY.replace(reduction_factor=2, non_linearit
 
 
 @pytest.mark.parametrize("setup", COMPOSITIONS, ids=str)
-@pytest.mark.parametrize("architecture", ["bert", "llama"])
+@pytest.mark.parametrize("architecture", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
 def test_compositions(setup, architecture, fused) -> None:
     pair = pair_of(*FOUR, architecture=architecture)
     change(pair, lambda m: m.adapters_config.__setattr__("active_setup", setup))
