@@ -334,7 +334,7 @@ def launch_grad_columns(
 
 
 def cost(problem: Any) -> Cost:
-    """dy, x, skip, q, dq, D and U in; dU and dD out."""
+    """dy, x, skip, a, dq, D and U in; dU and dD out."""
     t, d, m = problem.tokens, problem.features, problem.bottleneck
     rows = t * d * (3 if problem.skip else 2)
     return Cost(6 * t * d * m, itemsize(problem.dtype) * (rows + 4 * d * m + 2 * t * m))

@@ -72,7 +72,9 @@ def default_config(problem: Any) -> RowsConfig:
     block_m = power_of_two(problem.bottleneck, 16, 64 if wide else 128)
     # da of a wide bottleneck, or a mask, leaves no registers for more rows.
     block_t = rows_of_block(problem, 16 if block_m > 64 or problem.dropout else 32)
-    return RowsConfig(block_t, chunk_of_columns(problem, 64), block_m, 4, 2)
+    # Rows that begin anywhere are loaded one element at a time, each with its pointer.
+    warps = 8 if problem.features % 8 else 4
+    return RowsConfig(block_t, chunk_of_columns(problem, 64), block_m, warps, 2)
 
 
 def candidate_configs(problem: Any) -> Iterator[RowsConfig]:
@@ -420,7 +422,7 @@ def launch_grad_rows(
 
 
 def cost(problem: Any) -> Cost:
-    """dy, x, skip, q, D and U in; dx, dskip and dq out."""
+    """dy, x, skip, q, D and U in; dx, dskip, a and dq out."""
     t, d, m = problem.tokens, problem.features, problem.bottleneck
     rows = t * d * (5 if problem.skip else 3)
-    return Cost(6 * t * d * m, itemsize(problem.dtype) * (rows + 2 * d * m + 2 * t * m))
+    return Cost(6 * t * d * m, itemsize(problem.dtype) * (rows + 2 * d * m + 3 * t * m))

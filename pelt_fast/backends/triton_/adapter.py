@@ -167,7 +167,7 @@ def bottleneck_adapter_bwd(
 ) -> list[Tensor | None]:
     """dy (T, d) -> the gradients that ``needs`` asks for, in the order of ``GRADIENTS`` in ``pelt_fast/ops``."""
     tokens, features = x.shape
-    owners = (x, skip, down, down_bias, up, up_bias, scale, gate)
+    owners: tuple[Tensor | None, ...] = (x, skip, down, down_bias, up, up_bias, scale, gate)
     owners += (pre_weight, pre_bias, ln_weight, ln_bias)
     with torch.cuda.device_of(x):
         vectors = (down_bias, up_bias, scale, pre_weight, pre_bias, ln_weight, ln_bias)

@@ -5,18 +5,23 @@ Bytes are counted by running the kernels interpreted; registers and occupancy ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import torch
 
+from ...backends.triton_ import adapter as triton_adapter
 from ...backends.triton_ import lora as triton_lora
-from ..adapter_workloads import AdapterInputs
+from ...kernels.common.hardware import l2_cache
+from ..adapter_workloads import HOULSBY, PFEIFFER, AdapterCase, AdapterInputs
 from ..oracle import as_rows
 from ..workloads import Adapter, Case, LoRAInputs
-from . import Trace, compiling, inspect_launches, interpreting
+from . import Trace, compiling, dram_bytes, inspect_launches, interpreting
 
 BYTES_CASE = Case("bytes", (1024,), 1024, 1024, (Adapter(16),), bias=False)
 CODE_CASE = Case("code", (4096,), 4096, 4096, (Adapter(16, 0.5, 0.1),), bias=False)
+ADAPTER_BYTES_CASE = AdapterCase("bytes", (2048,), 768, 48, **HOULSBY)
+ADAPTER_CODE_CASE = AdapterCase("code", (2048,), 768, 64, **PFEIFFER, dropout_p=0.1)
 
 
 def launches(inputs: LoRAInputs) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -93,16 +98,42 @@ def eager_bytes(case: Case, size: int, backward: bool) -> int:
     return size * (scale + grad_b + grad_s + grad_a + through_a + dropout + base + add)
 
 
+def adapter_launches(inputs: AdapterInputs) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The same for the bottleneck adapter, every gradient wanted."""
+    seed = torch.zeros(1, dtype=torch.int64) if inputs.dropout_p else None
+    x, skip, *parameters = inputs.operands
+    rest: tuple[Any, ...] = (*parameters, seed, *inputs.settings)
+    needs, saved = [t is not None for t in inputs.operands], list[Any]()
+    assert x is not None
+
+    def forward() -> None:
+        saved.extend(triton_adapter.bottleneck_adapter_fwd(x, skip, *rest)[1:])
+
+    def backward() -> None:
+        triton_adapter.bottleneck_adapter_bwd(*(inputs.dy, x, skip, *saved, *rest, needs))
+
+    return forward, backward
+
+
+def adapter_eager_bytes(case: AdapterCase, size: int, backward: bool) -> int:
+    """Houlsby's block in the `adapters` library: each ATen operation reads its operands and writes its result."""
+    rows, q = case.tokens * case.features, case.tokens * case.bottleneck
+    weight = case.features * case.bottleneck
+    down, up = rows + weight + q, q + weight + rows
+    if not backward:
+        activation, scaling, residuals, layernorm = 2 * q, 2 * rows, 6 * rows, 2 * rows
+        return size * (down + activation + up + scaling + residuals + layernorm)
+    # its rows, and once more dy and s for the sums over tokens
+    layernorm, scaling, activation = 5 * rows, 2 * rows, 3 * q
+    biases, residual = rows + q, 3 * rows
+    return size * (layernorm + scaling + 2 * up + activation + 2 * down + biases + residual)
+
+
 def byte_rows() -> Iterator[tuple[str, ...]]:
     """What each launch of `BYTES_CASE` loads and stores, in MiB."""
     passes = launches(BYTES_CASE.make(torch.bfloat16))
     for name, run, backward in zip(("forward", "backward"), passes, (False, True), strict=True):
-        trace = Trace()
-        with interpreting(trace, capability=90):
-            run()
-        for launch in trace.launches:
-            loaded, stored = sum(launch.loaded.values()), sum(launch.stored.values())
-            yield name, launch.name.strip("_"), str(launch.programs), _mib(loaded), _mib(stored)
+        trace = yield from _launch_rows(name, run)
         counted = sum(_once(launch.loaded, launch.footprint) for launch in trace.launches)
         counted += sum(sum(launch.stored.values()) for launch in trace.launches)
         compulsory = compulsory_bytes(BYTES_CASE, 2, backward)
@@ -112,11 +143,37 @@ def byte_rows() -> Iterator[tuple[str, ...]]:
         yield name, "PEFT eager, bf16 adapter", "", _mib(eager), ""
 
 
+def adapter_byte_rows() -> Iterator[tuple[str, ...]]:
+    """The same of `ADAPTER_BYTES_CASE`; minutes, for its many small programs."""
+    inputs = ADAPTER_BYTES_CASE.make(torch.bfloat16)
+    passes = adapter_launches(inputs)
+    for name, run, backward in zip(("forward", "backward"), passes, (False, True), strict=True):
+        trace = yield from _launch_rows(name, run)
+        counted = dram_bytes(trace.launches, l2_cache("sm_90"))
+        yield name, "all, to DRAM (`dram_bytes`)", "", _mib(counted), ""
+        yield name, "compulsory", "", _mib(adapter_compulsory_bytes(inputs, backward)), ""
+        eager = adapter_eager_bytes(ADAPTER_BYTES_CASE, 2, backward)
+        yield name, "adapters eager", "", _mib(eager), ""
+
+
+def _launch_rows(name: str, run: Callable[[], None]) -> Generator[tuple[str, ...], None, Trace]:
+    trace = Trace()
+    with interpreting(trace, capability=90):
+        run()
+    for launch in trace.launches:
+        loaded, stored = sum(launch.loaded.values()), sum(launch.stored.values())
+        yield name, launch.name.strip("_"), str(launch.programs), _mib(loaded), _mib(stored)
+    return trace
+
+
 def code_rows() -> Iterator[tuple[str, ...]]:
-    """Registers, shared memory, tensor-core instructions and occupancy of each kernel of `CODE_CASE`."""
+    """Registers, shared memory, tensor-core instructions and occupancy of each kernel of the two code cases."""
     for capability in (80, 90, 100):
         with compiling(capability) as compiled:
-            for run in launches(CODE_CASE.make(torch.bfloat16)):
+            for run in (
+                *launches(CODE_CASE.make(torch.bfloat16)),
+                *adapter_launches(ADAPTER_CODE_CASE.make(torch.bfloat16)),
+            ):
                 run()
         for report in inspect_launches(compiled):
             yield (
@@ -146,7 +203,8 @@ def _print(header: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> None:
 
 
 if __name__ == "__main__":
-    _print(("pass", "launch", "programs", "loaded, MiB", "stored, MiB"), byte_rows())
+    for rows in (byte_rows(), adapter_byte_rows()):
+        _print(("pass", "launch", "programs", "loaded, MiB", "stored, MiB"), rows)
     _print(
         (
             "arch",
