@@ -11,6 +11,7 @@
 
 #include "../check.h"
 #include "engine.h"
+#include "memory.h"
 
 namespace pelt_fast {
 
@@ -51,12 +52,13 @@ struct Plan {
 template <class A>
 struct Reduction {
   int64_t r = 0, n = 0, ld = 0;
-  at::Tensor partials; // (chunks, r, ld)
+  at::Tensor partials; // (chunks, r · ld)
 
   Reduction() = default;
   // rows must not fall into the same cache sets, as rows a power of two apart do
   Reduction(int64_t chunks, int64_t r, int64_t n) : r(r), n(n), ld(round_up(n, 64) + 16) {
-    partials = at::empty({chunks, r, ld}, at::CppTypeToScalarType<A>::value);
+    partials =
+        empty_rows(chunks, r * ld, at::TensorOptions().dtype(at::CppTypeToScalarType<A>::value));
   }
   A* of(int64_t chunk) const {
     return static_cast<A*>(partials.mutable_data_ptr()) + chunk * r * ld;

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <limits>
 #include <list>
+#include <map>
 #include <mutex>
 #include <new>
 
@@ -18,9 +19,9 @@
 namespace pelt_fast {
 namespace {
 
-constexpr size_t kUnit = size_t(1) << 16;  // sizes are multiples of it
+constexpr size_t kUnit = size_t(1) << 12;  // sizes are multiples of it
 constexpr size_t kHuge = size_t(2) << 20;  // a huge page
-constexpr size_t kLarge = size_t(1) << 20; // from here on: below, the C library keeps blocks itself
+constexpr size_t kLarge = size_t(1) << 16; // from here on: below, the C library keeps blocks itself
 
 struct Block {
   void* memory;
@@ -28,6 +29,9 @@ struct Block {
 };
 
 class Pool final : public c10::Allocator {
+  using ByAge = std::list<Block*>; // the last freed first
+  using BySize = std::multimap<size_t, ByAge::iterator>;
+
  public:
   c10::DataPtr allocate(size_t wanted) override {
     const c10::Device cpu(c10::kCPU);
@@ -65,15 +69,10 @@ class Pool final : public c10::Allocator {
   // The smallest block that fits and is not a quarter too large.
   Block* reuse(size_t bytes) {
     std::lock_guard<std::mutex> lock(mutex_);
-    auto best = free_.end();
-    for (auto it = free_.begin(); it != free_.end(); ++it)
-      if ((*it)->bytes >= bytes && (*it)->bytes <= bytes + bytes / 4 &&
-          (best == free_.end() || (*it)->bytes < (*best)->bytes))
-        best = it;
-    if (best == free_.end()) return nullptr;
-    Block* block = *best;
-    bytes_ -= block->bytes;
-    free_.erase(best);
+    const auto found = by_size_.lower_bound(bytes);
+    if (found == by_size_.end() || found->first > bytes + bytes / 4) return nullptr;
+    Block* block = *found->second;
+    forget(found);
     return block;
   }
 
@@ -93,23 +92,32 @@ class Pool final : public c10::Allocator {
 
   void keep(Block* block) {
     std::lock_guard<std::mutex> lock(mutex_);
-    free_.push_front(block);
+    by_age_.push_front(block);
+    by_size_.emplace(block->bytes, by_age_.begin());
     bytes_ += block->bytes;
     shrink();
   }
 
   void shrink() {
     while (bytes_ > limit_) {
-      Block* block = free_.back();
-      free_.pop_back();
-      bytes_ -= block->bytes;
+      Block* block = by_age_.back();
+      auto it = by_size_.lower_bound(block->bytes);
+      while (*it->second != block) ++it;
+      forget(it);
       std::free(block->memory);
       delete block;
     }
   }
 
+  void forget(BySize::iterator it) {
+    bytes_ -= it->first;
+    by_age_.erase(it->second);
+    by_size_.erase(it);
+  }
+
   std::mutex mutex_;
-  std::list<Block*> free_; // the last freed first
+  ByAge by_age_;
+  BySize by_size_;
   size_t bytes_ = 0, limit_ = size_t(1) << 30;
 };
 

@@ -9,7 +9,7 @@ from pelt_fast import functional as PF
 
 T, D = 1100, 256  # over a MiB in fp32
 BYTES = T * D * 4
-KEPT = (BYTES + 65535) // 65536 * 65536
+KEPT = (BYTES + 4095) // 4096 * 4096
 
 
 @pytest.fixture(autouse=True)
