@@ -56,7 +56,7 @@ cases = st.one_of(
     seed=st.integers(0, 2**31),
 )
 @settings(
-    max_examples=100,
+    max_examples=60,
     derandomize=True,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from pelt_fast.random import new_seed
 from pelt_fast.testing import adapter_oracle as oracle
 from pelt_fast.testing.adapter_tolerance import assert_accurate, yardsticks
 from pelt_fast.testing.adapter_workloads import (
+    BIASES,
     BLOCKS,
     CASES,
     EVERYTHING,
@@ -19,8 +21,10 @@ from pelt_fast.testing.adapter_workloads import (
     HOULSBY,
     MIXED_DTYPE,
     PFEIFFER,
+    STRIDES,
     T5,
     T5_PFEIFFER,
+    TERMS,
     AdapterCase,
 )
 from pelt_fast.testing.tolerance import assert_all_ok, assert_forms, compare
@@ -50,8 +54,21 @@ def named(*names):
     return [case for case in CASES if case.name in names]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+# what is added where, in which layout, is a matter of no dtype
+_SLOW = {(case, dtype) for case in (*TERMS, *BIASES, *STRIDES) for dtype in DTYPES[2:]}
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(
+            *pair,
+            id="-".join(map(str, pair)),
+            marks=[pytest.mark.slow] if pair in _SLOW else [],
+        )
+        for pair in product(CASES, DTYPES)
+    ],
+)
 def test_matches_the_oracle(case, dtype, backend, device):
     check(case, dtype, backend, device)
 
