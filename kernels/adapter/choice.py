@@ -1,4 +1,4 @@
-"""Fused kernels or torch, and how many rows backward takes at a time: models of both, not measurements.
+"""Fused kernels or torch: a model, not a measurement.
 
 Torch pays for each elementwise operation and layernorm with reads and writes of (T, d) in HBM. The fused kernels pay
 with D and U, which every block of rows reads out of L2, with products made again, and with products of few rows that
@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..common.cost import itemsize
-from ..common.hardware import l2_cache, sm_count
+from ..common.hardware import sm_count
 from ..common.tiling import cdiv
 from ..lora.choice import DEVICES, LAUNCH_SECONDS
 from . import forward, grad_columns, grad_rows
@@ -67,15 +67,3 @@ def modelled_seconds(problem: Any) -> tuple[float, float]:
         (from_l2 + streams * rows) / (device.bandwidth * L2_BANDWIDTH),
     )
     return fused / filled + LAUNCH_SECONDS * launches, composed
-
-
-def slab_rows(problem: Any, streams: int) -> int:
-    """Rows that backward by rows and by columns take in turn, ``streams`` tensors (T, d) wide.
-
-    So many that what the one has read is still in L2 when the other reads it again; but so few multiprocessors as a
-    half are never left without a block.
-    """
-    row = itemsize(problem.dtype) * problem.features * streams
-    fit = max(l2_cache(problem.arch) * 3 // 4 // row, 8 * sm_count(problem.arch))
-    slabs = cdiv(problem.tokens, fit)
-    return cdiv(cdiv(problem.tokens, slabs), 64) * 64

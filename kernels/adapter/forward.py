@@ -86,7 +86,8 @@ def default_config(problem: Any) -> ForwardConfig:
     # s: 96 of a thread's 255 registers, in a dozen chunks of straight-line code at most
     few = block_t * problem.features <= 24576 and problem.features % 8 == 0
     held = problem.post_ln and not wide and block_m <= 64 and few
-    return ForwardConfig(block_t, block_d, block_m, held, 8 if held or block_t > 16 else 4, 2)
+    warps = 8 if held or wide or block_t > 16 else 4
+    return ForwardConfig(block_t, block_d, block_m, held, warps, 2)
 
 
 def rows_of_block(problem: Any, most: int) -> int:

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.cost import Cost, itemsize
-from ..common.hardware import sm_count
+from ..common.hardware import l2_cache, sm_count
 from ..common.reduce import launch_ordered_sums
 from ..common.tiling import cdiv, power_of_two
 from .forward import unsupported as unsupported
@@ -97,9 +97,24 @@ def default_config(problem: Any) -> ColumnsConfig:
     allowed = size * (t * d * (5 if problem.skip else 3) + 4 * d * m) // 12
     allowed -= 2 * size * t * m + 8 * t
     strips = cdiv(2 * sm_count(problem.arch), cdiv(d, 16) * cdiv(m, block_m))
-    strips = min(strips, allowed // (4 * (2 * d * m + 6 * d)), cdiv(t, block_t))
+    # Partials are written once, and for every further slab read and written again.
+    slabs = cdiv(t, slab_rows(problem, 5 if problem.skip else 3))
+    partial = 4 * (2 * d * m + 6 * d) * (2 * slabs - 1)
+    strips = min(strips, allowed // partial, cdiv(t, block_t))
     # A layernorm before the adapter adds two sums and a product, for which registers do not suffice.
     return ColumnsConfig(block_t, 16, block_m, max(strips, 1), problem.pre_ln, 4, 2)
+
+
+def slab_rows(problem: Any, streams: int) -> int:
+    """Rows that backward by rows and by columns take in turn, ``streams`` tensors (T, d) wide.
+
+    So many that what the one has read is still in L2 when the other reads it again; but never so few that
+    half of the multiprocessors are without a block.
+    """
+    row = itemsize(problem.dtype) * problem.features * streams
+    fit = max(l2_cache(problem.arch) * 3 // 4 // row, 8 * sm_count(problem.arch))
+    slabs = cdiv(problem.tokens, fit)
+    return cdiv(cdiv(problem.tokens, slabs), 64) * 64
 
 
 def candidate_configs(problem: Any) -> Iterator[ColumnsConfig]:

@@ -73,7 +73,7 @@ def default_config(problem: Any) -> RowsConfig:
     # da of a wide bottleneck, or a mask, leaves no registers for more rows.
     block_t = rows_of_block(problem, 16 if block_m > 64 or problem.dropout else 32)
     # Rows that begin anywhere are loaded one element at a time, each with its pointer.
-    warps = 8 if problem.features % 8 else 4
+    warps = 8 if wide or problem.features % 8 else 4
     return RowsConfig(block_t, chunk_of_columns(problem, 64), block_m, warps, 2)
 
 

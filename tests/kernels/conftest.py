@@ -147,7 +147,7 @@ def far_rows(tmp_path: Path) -> Callable[[Tensor, str], Tensor]:
 @pytest.fixture
 def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tiles: chunks, tiles of the bottleneck, strips and slabs, more than one of each at 36 x 40 x 20."""
-    from pelt_fast.kernels.adapter import choice, forward, grad_columns, grad_rows
+    from pelt_fast.kernels.adapter import forward, grad_columns, grad_rows
 
     columns = grad_columns.ColumnsConfig(16, 32, 16, 2)
     held = forward.ForwardConfig(16, 32, 16, True)
@@ -156,4 +156,4 @@ def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         grad_rows, "default_config", lambda problem: grad_rows.RowsConfig(16, 32, 16)
     )
     monkeypatch.setattr(grad_columns, "default_config", lambda problem: columns)
-    monkeypatch.setattr(choice, "slab_rows", lambda problem, streams: 32)
+    monkeypatch.setattr(grad_columns, "slab_rows", lambda problem, streams: 32)

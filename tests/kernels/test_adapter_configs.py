@@ -94,11 +94,11 @@ def test_partials_stay_a_small_part_of_the_bytes():
 def test_slabs_fit_the_cache_and_leave_no_half_of_the_gpu_without_rows():
     for arch, d in itertools.product(("sm_80", "sm_90", "sm_100"), (768, 4096, 8192)):
         problem = _problem(arch=arch, features=d, tokens=100_000)
-        rows = choice.slab_rows(problem, 5)
+        rows = grad_columns.slab_rows(problem, 5)
         assert rows % 64 == 0
         assert rows >= 4 * sm_count(arch)
         assert 5 * 2 * d * rows <= l2_cache(arch) or rows <= 8 * sm_count(arch) + 64
-    assert choice.slab_rows(_problem(tokens=100), 5) >= 100
+    assert grad_columns.slab_rows(_problem(tokens=100), 5) >= 100
 
 
 def test_cost_counts_every_argument_once():

@@ -33,7 +33,9 @@ def broken(monkeypatch, tmp_path, adapter_kernels):
         else:
             whole = getattr(adapter, file)
             copy = mutant(whole, old, new, tmp_path)
-            copy.default_config = whole.default_config
+            for name in ("default_config", "slab_rows"):  # a test may have its own
+                if hasattr(whole, name):
+                    setattr(copy, name, getattr(whole, name))
             monkeypatch.setattr(adapter, file, copy)
             if file == "grad_columns":
                 monkeypatch.setattr(adapter, "Partials", copy.Partials)
@@ -41,10 +43,22 @@ def broken(monkeypatch, tmp_path, adapter_kernels):
     return put
 
 
+def quick_ones(mutations, count):
+    """The first ones; the rest is slow."""
+    slow = [pytest.param(*mutation, marks=pytest.mark.slow) for mutation in mutations[count:]]
+    return mutations[:count] + slow
+
+
 OUT_OF_BOUNDS = [
     ("operands", "mask=live_t[:, None] & live_c[None, :]", "mask=live_t[:, None]"),
-    ("operands", "mask=live_t[:, None] & live_c[None, :]", "mask=live_c[None, :]"),
     ("operands", "mask=live_r[:, None] & live_c[None, :]", "mask=live_c[None, :]"),
+    ("forward", "mask=live_t[:, None] & live_c[None, :]", "mask=live_c[None, :]"),
+    ("grad_rows", "mask=live_t[:, None] & live_c[None, :]", "mask=live_t[:, None]"),
+    ("grad_columns", "d_up, live, earlier", "d_up, live_c[:, None], earlier"),
+    # a stride that is assumed instead of taken
+    ("operands", "ops.x, ops.stride_xt", "ops.x, ops.features"),
+    ("grad_columns", "dy_ptr, stride_dyt", "dy_ptr, ops.features"),
+    ("operands", "mask=live_t[:, None] & live_c[None, :]", "mask=live_c[None, :]"),
     ("operands", "mask=live_t[:, None] & live_m[None, :]", "mask=live_t[:, None]"),
     (
         "operands",
@@ -52,16 +66,10 @@ OUT_OF_BOUNDS = [
         "tl.load(ptr + columns, mask=columns >= 0,",
     ),
     ("operands", "ptr + rows * 2, mask=live_t", "ptr + rows * 2, mask=rows >= 0"),
-    ("forward", "mask=live_t[:, None] & live_c[None, :]", "mask=live_c[None, :]"),
-    ("grad_rows", "mask=live_t[:, None] & live_c[None, :]", "mask=live_t[:, None]"),
-    ("grad_columns", "d_up, live, earlier", "d_up, live_c[:, None], earlier"),
-    # a stride that is assumed instead of taken
-    ("operands", "ops.x, ops.stride_xt", "ops.x, ops.features"),
-    ("grad_columns", "dy_ptr, stride_dyt", "dy_ptr, ops.features"),
 ]
 
 
-@pytest.mark.parametrize(("file", "old", "new"), OUT_OF_BOUNDS)
+@pytest.mark.parametrize(("file", "old", "new"), quick_ones(OUT_OF_BOUNDS, 6))
 def test_trace_catches_a_broken_mask_or_stride(file, old, new, broken, adapter_kernels):
     inputs = ODD.make(torch.float32)
     broken(file, old, new)
@@ -77,7 +85,7 @@ RACES = [
 ]
 
 
-@pytest.mark.parametrize(("file", "old", "new"), RACES)
+@pytest.mark.parametrize(("file", "old", "new"), quick_ones(RACES, 2))
 def test_trace_catches_a_race(file, old, new, several_blocks, broken, adapter_kernels):
     inputs = BLOCKS.make(torch.bfloat16)
     broken(file, old, new)
@@ -88,28 +96,23 @@ def test_trace_catches_a_race(file, old, new, several_blocks, broken, adapter_ke
 WRONG_VALUES = [
     # every block of columns has the first one's mask
     ("operands", "rows, start, ops.features", "rows, 0, ops.features"),
-    # backward's mask begins again in every slab and strip
-    (
-        "grad_columns",
-        "live_c, gate, FORM)\n                if",
-        "live_c, gate * 2, FORM)\n                if",
-    ),
+    ("grad_rows", "- normal * second[:, None]", ""),
+    # a later slab forgets the earlier
+    ("grad_columns", "        if earlier:", "        if not earlier:"),
+    # statistics that forget the distance of a chunk's mean from the others'
+    ("forward", "mean, squares = include_chunk", "mean, _squares = include_chunk"),
     # what is left out
     ("operands", "w * ops.amount", "w"),
     ("operands", "s = e * gate *", "s = e *"),
-    ("grad_rows", "- normal * second[:, None]", ""),
     ("grad_rows", "(g - first[:, None]", "(g"),
     ("grad_rows", "da[i] * derivative(q.to(tl.float32), FORM.activation)", "da[i]"),
-    # every strip takes the first one's rows, a later slab forgets the earlier, a partial is left out
+    # every strip takes the first one's rows, a partial is left out
     ("grad_columns", "begin + strip * strip_rows", "begin + 0 * strip"),
-    ("grad_columns", "        if earlier:", "        if not earlier:"),
     ("grad_columns", "outs, self.buffer.shape[0]", "outs, self.buffer.shape[0] - 1"),
-    # statistics that forget the distance of a chunk's mean from the others'
-    ("forward", "mean, squares = include_chunk", "mean, _squares = include_chunk"),
 ]
 
 
-@pytest.mark.parametrize(("file", "old", "new"), WRONG_VALUES)
+@pytest.mark.parametrize(("file", "old", "new"), quick_ones(WRONG_VALUES, 4))
 def test_oracle_catches_a_wrong_value(file, old, new, several_blocks, broken, adapter_kernels):
     inputs = BLOCKS.make(torch.float32)
     broken(file, old, new)
@@ -138,6 +141,7 @@ GATES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("file", "old", "new", "message"), GATES)
 def test_gates_catch_a_bad_kernel(file, old, new, message, broken, adapter_kernels):
     inputs = AdapterCase("aligned", (512,), 256, 128, **T5).make(torch.bfloat16)

@@ -197,7 +197,7 @@ def bottleneck_adapter_bwd(
         rows_config = grad_rows.default_config(shapes)
         columns_config = grad_columns.default_config(shapes)
         streams = 2 + sum(t is not None for t in (skip, dx, dskip))
-        slab = choice.slab_rows(shapes, streams) if by_rows and by_columns else tokens
+        slab = grad_columns.slab_rows(shapes, streams) if by_rows and by_columns else tokens
         slabs = [range(begin, min(begin + slab, tokens)) for begin in range(0, tokens, slab)]
         partials = Partials.make(grads, columns_config.strips, len(slabs))
         precision = precision_of(x.dtype)
