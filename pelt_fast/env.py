@@ -7,7 +7,7 @@
 | ``PELT_FAST_TRITON_CPU`` | ``1``: a stand-in driver runs Triton kernels on CPU tensors (kernel proofs) | ``0`` |
 | ``PELT_FAST_CPU_ISA`` | highest instruction set of C++ kernels: ``amx``, ``avx512``, ``avx2``, ``default`` | best |
 | ``PELT_FAST_PACK_LIMIT_MB`` | memory for packed copies of frozen weights, in MiB; ``0`` keeps none | ``4096`` |
-| ``PELT_FAST_POOL_LIMIT_MB`` | freed memory of large CPU results that is kept for the next, in MiB; ``0`` keeps none | ``1024`` |
+| ``PELT_FAST_POOL_LIMIT_MB`` | freed memory kept for the next large CPU results, in MiB; ``0`` keeps none | ``1024`` |
 
 ``PELT_FAST_BUILD`` is read by ``setup.py`` alone.
 """
