@@ -90,7 +90,9 @@ def test_three_optimizer_steps(name: str, precision: Precision) -> None:
     assert_as_accurate(ours, theirs, exact, precision.computed, 3 * LAYERS[name])
 
 
-def assert_same_in_fp64(model: nn.Module, batch: dict[str, Tensor]) -> nn.Module:
+def assert_same_in_fp64(
+    model: nn.Module, batch: dict[str, Tensor], tolerance: float = 1e-11
+) -> nn.Module:
     """Where nothing but the order of sums is left to tell ours from theirs; returns ours."""
     plain = model.double()
     fast = copy.deepcopy(plain)
@@ -100,7 +102,7 @@ def assert_same_in_fp64(model: nn.Module, batch: dict[str, Tensor]) -> nn.Module
     # a factor in front of a layernorm has a gradient that cancels: it is as exact as what cancels
     largest = max(value.norm() for value in expected.values())
     for key, value in expected.items():
-        assert (actual[key] - value).norm() <= 1e-11 * (value.norm() + 1e-4 * largest), key
+        assert (actual[key] - value).norm() <= tolerance * (value.norm() + 1e-4 * largest), key
     return fast
 
 
@@ -198,7 +200,10 @@ def assert_config_is_served(name: str, config: BnConfig, fused: list[str]) -> No
         config = config.replace(original_ln_before=True)
     fused.clear()
     model = adapted(name, config)
-    assert_same_in_fp64(model, ARCHITECTURES[name].batch())
+    # transformers' gelu_fast has ten digits of √(2/π), and RMS norms are in fp32 whatever comes in, so
+    # that a difference in the last digit of their input is one in the eighth of their result
+    exact = name in ("bert", "roberta", "gpt2") and config.non_linearity != "gelu_fast"
+    assert_same_in_fp64(model, ARCHITECTURES[name].batch(), 1e-11 if exact else 1e-6)
     assert fused == ["block"] * sum(len(layer.adapters) for layer in bottleneck_layers(model))
     assert fused
 
