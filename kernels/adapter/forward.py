@@ -81,12 +81,13 @@ def default_config(problem: Any) -> ForwardConfig:
     """The longest blocks of rows that still give every multiprocessor one: each block reads D and U from L2."""
     wide = itemsize(problem.dtype) == 4
     block_m = power_of_two(problem.bottleneck, 16, 64 if wide else 128)
-    block_d = chunk_of_columns(problem, 128)
-    block_t = rows_of_block(problem, 32 if problem.bottleneck > 128 else 64)
+    tiles = cdiv(problem.bottleneck, block_m)
+    block_d = chunk_of_columns(problem, 128 if tiles == 1 else 64)
+    block_t = rows_of_block(problem, {1: 64, 2: 32}.get(tiles, 16))
     # s: 96 of a thread's 255 registers, in a dozen chunks of straight-line code at most
     few = block_t * problem.features <= 24576 and problem.features % 8 == 0
     held = problem.post_ln and not wide and block_m <= 64 and few
-    warps = 8 if held or wide or block_t > 16 else 4
+    warps = 8 if held or wide or tiles > 1 or block_t > 16 else 4
     return ForwardConfig(block_t, block_d, block_m, held, warps, 2)
 
 
