@@ -80,15 +80,22 @@ def unsupported(problem: Any) -> list[str]:
 def default_config(problem: Any) -> ForwardConfig:
     """The longest blocks of rows that still give every multiprocessor one: each block reads D and U from L2."""
     wide = itemsize(problem.dtype) == 4
-    block_m = power_of_two(problem.bottleneck, 16, 64 if wide else 128)
+    block_m = columns_of_tile(problem)
     tiles = cdiv(problem.bottleneck, block_m)
     block_d = chunk_of_columns(problem, 128 if tiles == 1 else 64)
-    block_t = rows_of_block(problem, {1: 64, 2: 32}.get(tiles, 16))
+    longest = {1: 64, 2: 32}.get(tiles, 16) if problem.features % 8 == 0 else 16
+    block_t = rows_of_block(problem, longest)
     # s: 96 of a thread's 255 registers, in a dozen chunks of straight-line code at most
     few = block_t * problem.features <= 24576 and problem.features % 8 == 0
     held = problem.post_ln and not wide and block_m <= 64 and few
     warps = 8 if held or wide or tiles > 1 or block_t > 16 else 4
     return ForwardConfig(block_t, block_d, block_m, held, warps, 2)
+
+
+def columns_of_tile(problem: Any) -> int:
+    """Of the bottleneck: 128, or 64 where they are loaded one element at a time, or wide, and take more registers."""
+    narrow = itemsize(problem.dtype) == 4 or problem.bottleneck % 8
+    return power_of_two(problem.bottleneck, 16, 64 if narrow else 128)
 
 
 def rows_of_block(problem: Any, most: int) -> int:
@@ -103,7 +110,7 @@ def chunk_of_columns(problem: Any, most: int) -> int:
     wide = itemsize(problem.dtype) == 4
     # A mask whose elements each make their own Philox call takes four times the registers.
     alone = problem.dropout and problem.features % 4
-    return power_of_two(problem.features, 16, 32 if wide or alone else most)
+    return power_of_two(problem.features, 16, min(most, 32) if wide or alone else most)
 
 
 def candidate_configs(problem: Any) -> Iterator[ForwardConfig]:

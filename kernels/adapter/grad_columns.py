@@ -31,6 +31,7 @@ from ..common.cost import Cost, itemsize
 from ..common.hardware import l2_cache, sm_count
 from ..common.reduce import launch_ordered_sums
 from ..common.tiling import cdiv, power_of_two
+from .forward import columns_of_tile
 from .forward import unsupported as unsupported
 from .grad_rows import expanded_and_upstream, into_expanded, through_down
 from .operands import (
@@ -90,8 +91,8 @@ def default_config(problem: Any) -> ColumnsConfig:
     """Column blocks as narrow as a sector of 32 bytes; strips to fill the GPU, if their partials are few bytes."""
     wide = itemsize(problem.dtype) == 4
     t, d, m = problem.tokens, problem.features, problem.bottleneck
-    block_m = power_of_two(m, 16, 64 if wide else 128)
-    block_t = power_of_two(t, 16, 16 if wide else 32)
+    block_m = columns_of_tile(problem)
+    block_t = power_of_two(t, 16, 16 if wide or m % 8 else 32)
     size = itemsize(problem.dtype)
     # Beyond compulsory bytes a tenth may move: a, dq and the sums of `grad_rows`, then partials, here up to a twelfth.
     allowed = size * (t * d * (5 if problem.skip else 3) + 4 * d * m) // 12

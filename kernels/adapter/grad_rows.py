@@ -28,9 +28,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.cost import Cost, itemsize
-from ..common.tiling import cdiv, power_of_two
+from ..common.tiling import cdiv
 from .activation import derivative
-from .forward import chunk_of_columns, rows_of_block
+from .forward import chunk_of_columns, columns_of_tile, rows_of_block
 from .forward import unsupported as unsupported
 from .operands import (
     Form,
@@ -69,13 +69,15 @@ class RowsConfig:
 def default_config(problem: Any) -> RowsConfig:
     """The longest blocks of rows that still give every multiprocessor one: each block reads D and U from L2."""
     wide = itemsize(problem.dtype) == 4
-    block_m = power_of_two(problem.bottleneck, 16, (32 if problem.dropout else 64) if wide else 128)
+    block_m = columns_of_tile(problem)
     tiles = cdiv(problem.bottleneck, block_m)
     # da of a wide bottleneck, or a mask, leaves no registers for more rows.
     block_t = rows_of_block(problem, 16 if block_m > 64 or problem.dropout else 32)
-    block_d = chunk_of_columns(problem, 64 if tiles == 1 else 32)
+    masked = wide and problem.dropout
+    short = masked or (tiles > 1 and problem.features % 8)
+    block_d = chunk_of_columns(problem, 16 if short else 64 if tiles == 1 else 32)
     # Rows that begin anywhere are loaded one element at a time, each with its pointer.
-    warps = 8 if wide or tiles > 1 or problem.features % 8 else 4
+    warps = 8 if (wide and not masked) or tiles > 1 or problem.features % 8 else 4
     # D and U are staged in shared memory, all tiles of a chunk.
     return RowsConfig(block_t, block_d, block_m, warps, 2 if tiles <= 2 or wide else 1)
 
