@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from pelt_fast.dispatch import backend
 
 LONG_S = 0.2
 """A step that takes longer is watched once: beside its memory the pools of libraries are small."""
@@ -79,7 +82,9 @@ def _can_reset_peak() -> bool:
 
 
 def _return_free_memory() -> None:
-    # memory that malloc holds back is resident already: using it again would not show as growth
+    # memory that is held back for later is resident already: using it again would not show as growth
+    if backend("cpp", "lora").module is not None:
+        importlib.import_module("pelt_fast.backends.cpp").clear_pool()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 

@@ -62,11 +62,11 @@ struct Matrix {
   int64_t columns; // n, padded to the lanes
 
   template <class E>
-  Matrix(const E& engine, const at::Tensor& source)
+  Matrix(const E& engine, const at::Tensor& source, bool trained)
       : columns(round_up(source.size(0), engine.lanes())) {
     using T = typename E::T;
     const int64_t width = std::min(engine.strip(), columns);
-    pack = packed(source, dtype_of<T>(), width, kPair<T>, engine.lanes());
+    pack = packed(source, dtype_of<T>(), width, kPair<T>, engine.lanes(), trained);
   }
 
   // c (m, columns) = or += a (m, k) · this
@@ -224,7 +224,8 @@ std::tuple<at::Tensor, at::Tensor, OptionalTensor, OptionalTensor> bottleneck_ad
     using T = typename E::T;
     using A = typename E::A;
     const Block<E> block(engine, x, skip, tensors, settings);
-    const Matrix down(engine, tensors.down), up(engine, tensors.up);
+    const Matrix down(engine, tensors.down, tensors.down.requires_grad());
+    const Matrix up(engine, tensors.up, tensors.up.requires_grad());
     const auto stats_type = x.options().dtype(at::CppTypeToScalarType<A>::value);
     y = empty_rows(block.rows, block.d, x.options());
     q = at::empty({block.rows, block.m}, x.options());
@@ -498,9 +499,9 @@ std::array<OptionalTensor, kAdapterGradients> bottleneck_adapter_bwd(
     const Plan plan = block.plan();
     const int64_t d = block.d, m = block.m, chunks = plan.chunks;
     std::optional<Matrix> up, up_t, down_t;
-    if (post_stats || need.w()) up.emplace(engine, tensors.up);
-    if (need.dq()) up_t.emplace(engine, tensors.up.t());
-    if (need.dz()) down_t.emplace(engine, tensors.down.t());
+    if (post_stats || need.w()) up.emplace(engine, tensors.up, need.up);
+    if (need.dq()) up_t.emplace(engine, tensors.up.t(), need.up);
+    if (need.dz()) down_t.emplace(engine, tensors.down.t(), need.down);
     const auto pointer = [](const auto& matrix) { return matrix ? &*matrix : nullptr; };
     const at::Tensor q_rows = q.contiguous();
     Backward<E> backward{block,

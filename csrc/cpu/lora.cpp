@@ -226,10 +226,12 @@ Adapters make_adapters(const E& engine, at::ScalarType dtype, const std::vector<
     const double keep = keep_scale(a.mask, dropout_p[i]);
     a.shrink_scale = forward ? scaling[i] * keep : scaling[i];
     a.expand_scale = forward ? 1.0 : keep;
-    a.shrink = packed(forward ? lora_a[i] : lora_b[i].t(), dtype, a.padded, kPair<T>, kPair<T>);
+    const bool a_trained = lora_a[i].requires_grad(), b_trained = lora_b[i].requires_grad();
+    a.shrink = packed(forward ? lora_a[i] : lora_b[i].t(), dtype, a.padded, kPair<T>, kPair<T>,
+                      forward ? a_trained : b_trained);
     if (expands)
       a.expand = packed(forward ? lora_b[i] : lora_a[i].t(), dtype, engine.strip(), kPair<T>,
-                        engine.lanes());
+                        engine.lanes(), forward ? b_trained : a_trained);
     out.rank += a.rank;
     out.padded += a.padded;
     out.any_mask = out.any_mask || a.mask;

@@ -12,6 +12,8 @@
 #include <mutex>
 #include <new>
 
+#include "fork.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -47,6 +49,8 @@ class Pool final : public c10::Allocator {
   void copy_data(void* to, const void* from, std::size_t count) const override {
     default_copy_data(to, from, count);
   }
+
+  std::mutex& mutex() { return mutex_; }
 
   int64_t kept() {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -123,7 +127,11 @@ class Pool final : public c10::Allocator {
 
 // Never destroyed: tensors may outlive every other static.
 Pool& pool() {
-  static Pool* const pool = new Pool;
+  static Pool* const pool = [] {
+    auto* made = new Pool;
+    free_across_forks(made->mutex());
+    return made;
+  }();
   return *pool;
 }
 

@@ -12,6 +12,8 @@
 #include <numeric>
 #include <unordered_map>
 
+#include "fork.h"
+
 namespace pelt_fast {
 namespace {
 
@@ -68,21 +70,44 @@ std::shared_ptr<const Packed> make(const at::Tensor& source, at::ScalarType dtyp
   return pack;
 }
 
-constexpr int64_t kWhole = 1 << 16;
+constexpr int64_t kWhole = 1 << 18;
 
 // Whether the fingerprint of a tensor is of all its bytes.
-bool is_read_whole(const at::Tensor& t) {
-  return int64_t(t.nbytes()) <= kWhole && t.is_non_overlapping_and_dense();
+bool is_read_whole(const at::Tensor& t, bool trained) {
+  return (trained || int64_t(t.nbytes()) <= kWhole) && t.is_non_overlapping_and_dense();
 }
 
-// What the contents look like: all bytes of a small tensor; of a large one a walk that meets every
-// row and every column. It finds what the version counter does not see: changes through .data or
+// Of all bytes, in lanes that do not wait for each other.
+uint64_t hash_of(const char* bytes, int64_t size) {
+  constexpr int kLanes = 4;
+  uint64_t lanes[kLanes] = {0x9E3779B97F4A7C15ull, 0xBF58476D1CE4E5B9ull, 0x94D049BB133111EBull,
+                            0xD6E8FEB86659FD93ull};
+  int64_t i = 0;
+  const auto mix = [&](int lane, int64_t count) {
+    uint64_t word = 0;
+    std::memcpy(&word, bytes + i, size_t(count));
+    lanes[lane] = (lanes[lane] ^ word) * 0xD6E8FEB86659FD93ull;
+    lanes[lane] ^= lanes[lane] >> 32;
+    i += count;
+  };
+  while (i + 8 * kLanes <= size)
+    for (int lane = 0; lane < kLanes; ++lane) mix(lane, 8);
+  while (i < size) mix(0, std::min<int64_t>(8, size - i));
+  uint64_t hash = 0;
+  for (uint64_t lane : lanes) hash = (hash ^ lane) * 0x9E3779B97F4A7C15ull ^ (hash >> 29);
+  return hash;
+}
+
+// What the contents look like: all bytes of a small tensor and of one that is trained, which
+// optimizers may write through .data; of a large frozen one a walk that meets every row and every
+// column. It finds what the version counter does not see: changes through .data or
 // through memory shared with NumPy. A change of a few elements of a large weight on that road can
 // escape it.
-uint64_t fingerprint(const at::Tensor& t) {
+uint64_t fingerprint(const at::Tensor& t, bool trained) {
   const auto* bytes = static_cast<const char*>(t.const_data_ptr());
   const int64_t width = t.element_size(), rows = t.size(0), columns = t.size(1),
                 count = rows * columns;
+  if (is_read_whole(t, trained)) return hash_of(bytes, count * width);
   uint64_t hash = 0x9E3779B97F4A7C15ull;
   auto mix = [&](const char* from, int64_t size) {
     uint64_t word = 0;
@@ -90,11 +115,6 @@ uint64_t fingerprint(const at::Tensor& t) {
     hash = (hash ^ word) * 0xD6E8FEB86659FD93ull;
     hash ^= hash >> 32;
   };
-  if (is_read_whole(t)) {
-    for (int64_t i = 0; i < count * width; i += 8)
-      mix(bytes + i, std::min<int64_t>(8, count * width - i));
-    return hash;
-  }
   int64_t step =
       columns * 5 / 8 | 1; // far from its neighbour, and coprime so that every column comes up
   while (std::gcd(step, columns) != 1) ++step;
@@ -133,9 +153,9 @@ struct Entry {
 class Cache {
  public:
   std::shared_ptr<const Packed> get(const at::Tensor& source, at::ScalarType dtype, int64_t strip,
-                                    int64_t pair, int64_t k_unit) {
+                                    int64_t pair, int64_t k_unit, bool trained) {
     // an inference tensor counts no versions: what is not read whole could change unseen
-    if (source.is_inference() && !is_read_whole(source))
+    if (source.is_inference() && !is_read_whole(source, trained))
       return make(source, dtype, strip, pair, k_unit);
     c10::StorageImpl* storage = source.storage().unsafeGetStorageImpl();
     const Key key{storage,
@@ -144,7 +164,7 @@ class Cache {
                    pair * 4096 + k_unit}};
     const void* address = source.const_data_ptr();
     const int64_t version = source.is_inference() ? 0 : int64_t(source._version());
-    const uint64_t contents = fingerprint(source);
+    const uint64_t contents = fingerprint(source, trained);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       auto found = index_.find(key);
@@ -173,6 +193,8 @@ class Cache {
     bytes_ += size;
     return pack;
   }
+
+  std::mutex& mutex() { return mutex_; }
 
   int64_t bytes() {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -217,16 +239,19 @@ class Cache {
 };
 
 Cache& cache() {
-  static Cache* const cache =
-      new Cache; // never destroyed: tensors may outlive the library's statics
+  static Cache* const cache = [] {
+    auto* made = new Cache; // never destroyed: tensors may outlive the library's statics
+    free_across_forks(made->mutex());
+    return made;
+  }();
   return *cache;
 }
 
 } // namespace
 
 std::shared_ptr<const Packed> packed(const at::Tensor& source, at::ScalarType dtype, int64_t strip,
-                                     int64_t pair, int64_t k_unit) {
-  return cache().get(source, dtype, strip, pair, k_unit);
+                                     int64_t pair, int64_t k_unit, bool trained) {
+  return cache().get(source, dtype, strip, pair, k_unit, trained);
 }
 
 int64_t packed_bytes() {

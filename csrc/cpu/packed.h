@@ -23,11 +23,11 @@ struct Packed {
 
 // Packs source (n, k), any strides, cast to dtype, k padded to a multiple of k_unit (itself one of
 // pair). The pack is kept, and given again only while the source is the same storage at the same
-// version with the same contents: by hash, all of a small tensor and a walk through a large one,
-// for what the version counter does not see. Of a large inference tensor, which has no version, no
-// pack is kept. A freed source takes its packs with it.
+// version with the same contents: by hash, all of a small or trained tensor and a walk through a
+// large frozen one, for what the version counter does not see. Of a large inference tensor, which
+// has no version, no pack is kept. A freed source takes its packs with it.
 std::shared_ptr<const Packed> packed(const at::Tensor& source, at::ScalarType dtype, int64_t strip,
-                                     int64_t pair, int64_t k_unit);
+                                     int64_t pair, int64_t k_unit, bool trained = false);
 
 int64_t packed_bytes();
 void clear_packed();

@@ -316,3 +316,20 @@ def test_forked_child_computes(cpp):
         check=False,
     )
     assert done.stdout.strip() == "fine", done.stderr
+
+
+@pytest.mark.parametrize("numel", [1, 2000])
+def test_a_trained_adapter_that_changes_through_data_is_packed_again(numel, cpp):
+    """Optimizers with fp32 copies write back through ``.data``, and in bf16 few elements change at a step."""
+    down = (
+        torch.randn(300, 512).bfloat16().requires_grad_()
+    )  # too large to be read whole if it were frozen
+    up, x = torch.eye(512, 300).bfloat16(), torch.randn(40, 512).bfloat16()
+
+    def call(down):
+        return PF.bottleneck_adapter(x, down, None, up, None, activation="linear", backend="cpp")
+
+    call(down)
+    for at in torch.randint(down.numel(), (20,)).tolist():
+        down.data.view(-1)[at : at + numel] += 8.0
+        assert torch.equal(call(down), call(down.detach().clone()))

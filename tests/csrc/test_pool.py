@@ -1,5 +1,7 @@
 """Memory of large results: kept when they are freed, given to the next, and never to two at once."""
 
+import os
+import signal
 import threading
 
 import pytest
@@ -117,3 +119,29 @@ def test_threads_share_it(cpp):
         thread.join()
     assert not wrong
     assert cpp.pooled_bytes() <= 4 * KEPT
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_that_forks_while_threads_allocate():
+    """A lock that another thread held at that moment would be held for ever in the child."""
+    done = threading.Event()
+
+    def work():
+        while not done.is_set():
+            call()
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(30):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(20)  # a child that hangs dies of it
+                os._exit(0 if (call(value=4.0) == 4).all() else 1)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
