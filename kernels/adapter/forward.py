@@ -89,7 +89,8 @@ def default_config(problem: Any) -> ForwardConfig:
     few = block_t * problem.features <= 24576 and problem.features % 8 == 0
     held = problem.post_ln and not wide and block_m <= 64 and few
     warps = 8 if held or wide or tiles > 1 or block_t > 16 else 4
-    return ForwardConfig(block_t, block_d, block_m, held, warps, 2)
+    # All tiles of a chunk of D, or of U, are staged in shared memory.
+    return ForwardConfig(block_t, block_d, block_m, held, warps, 2 if tiles <= 2 else 1)
 
 
 def columns_of_tile(problem: Any) -> int:

@@ -19,8 +19,8 @@ SUMS = "_ordered_sums_kernel"
 NARROW = 32
 
 
-# a and dq, 16 x 512, stand in the registers of every warp. By the model of `choice` torch is faster there anyway.
-SPILLS = {"bottleneck_512": 64}
+# Here a and dq, up to 16 x 512, stand in the registers of every warp; `choice` leaves both to torch.
+SPILLS = {"bottleneck_512": 64, "odd_many_tokens": 64}
 
 
 def _check(kernels, case, dtype, capability, aligned=True):
@@ -85,5 +85,6 @@ VARIANTS = {
 def test_every_variant(variant, capability, adapter_kernels):
     (tokens, features, bottleneck), dtype, block = VARIANTS[variant]
     case = AdapterCase(variant, (tokens,), features, bottleneck, **block)
-    aligned = features % 16 == 0 and bottleneck % 16 == 0
+    # a 16 x 16 tile has less than 16 bytes for a thread
+    aligned = features % 16 == 0 and bottleneck % 32 == 0
     _check(adapter_kernels, case, dtype, capability, aligned)
