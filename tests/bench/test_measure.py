@@ -197,14 +197,15 @@ def test_saved_bytes_leave_out_what_was_there() -> None:
 
 def test_peak_sees_what_is_alive_at_once() -> None:
     def step() -> None:
-        first = torch.ones(16 << 20, dtype=torch.uint8)
+        # from 32 MiB on the C library gives memory back as soon as it is freed
+        first = torch.ones(48 << 20, dtype=torch.uint8)
         second = first + 1
         del first
         third = second + 1
         del second, third
 
     peak = memory.peak_bytes(step, CPU)
-    assert peak is None or 31 << 20 <= peak < 44 << 20  # pages are counted in batches
+    assert peak is None or 95 << 20 <= peak < 120 << 20  # pages are counted in batches
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)

@@ -19,10 +19,10 @@ pytest.importorskip("triton")
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    from pelt_fast.backends.triton_ import lora as triton_lora
+    from pelt_fast.backends.triton_ import device
     from pelt_fast.testing.gpu_free import interpreting
 
-    monkeypatch.setattr(triton_lora, "env", Env(triton_cpu=True))
+    monkeypatch.setattr(device, "env", Env(triton_cpu=True))
     # that Triton may run on a CPU must not be remembered
     monkeypatch.setattr(importlib.import_module("pelt_fast.dispatch.select"), "_chosen", {})
     with interpreting():
