@@ -40,6 +40,7 @@ _ALIASES = {
 _TANH_SCALE, _TANH_CUBE = math.sqrt(2 / math.pi), 0.044715
 _QUICK = 1.702
 _SLOPE = 0.01
+_SELECTING = ("relu", "relu2", "relu6")
 
 
 def activation_name(name: str) -> str:
@@ -109,3 +110,10 @@ def derivative(q: Tensor, name: str) -> Tensor:
         t = torch.tanh(F.softplus(q))
         return t + q * torch.sigmoid(q) * (1 - t * t)
     return torch.ones_like(q)
+
+
+def activate_backward(da: Tensor, q: Tensor, name: str) -> Tensor:
+    """da · act'(q); where torch selects instead of multiplying, nothing of an infinite da passes."""
+    slope = derivative(q, name)
+    through = da * slope
+    return torch.where(slope == 0, 0.0, through) if name in _SELECTING else through

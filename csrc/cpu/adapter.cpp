@@ -31,6 +31,19 @@ Activation activation_of(const std::string& name) {
   TORCH_CHECK_VALUE(false, "activation '", name, "' has no C++ kernel");
 }
 
+void check_memory_of(const AdapterTensors& t) {
+  check_memory("down_weight", t.down);
+  check_memory("down_bias", t.down_bias);
+  check_memory("up_weight", t.up);
+  check_memory("up_bias", t.up_bias);
+  check_memory("scaling", t.scale);
+  check_memory("gate", t.gate);
+  check_memory("pre_ln_weight", t.pre_weight);
+  check_memory("pre_ln_bias", t.pre_bias);
+  check_memory("ln_weight", t.ln_weight);
+  check_memory("ln_bias", t.ln_bias);
+}
+
 // A vector parameter in the accumulator's type.
 template <class A>
 struct Vector {
@@ -215,8 +228,7 @@ std::tuple<at::Tensor, at::Tensor, OptionalTensor, OptionalTensor> bottleneck_ad
     const AdapterSettings& settings) {
   check_memory("x", x);
   check_memory("skip", skip);
-  check_memory("down_weight", tensors.down);
-  check_memory("up_weight", tensors.up);
+  check_memory_of(tensors);
   at::Tensor y, q;
   OptionalTensor pre_stats, post_stats;
   with_engine(x.scalar_type(), [&](const auto& engine) {
@@ -487,8 +499,9 @@ std::array<OptionalTensor, kAdapterGradients> bottleneck_adapter_bwd(
   check_memory("x", x);
   check_memory("skip", skip);
   check_memory("q", q);
-  check_memory("down_weight", tensors.down);
-  check_memory("up_weight", tensors.up);
+  check_memory("pre_stats", pre_stats);
+  check_memory("post_stats", post_stats);
+  check_memory_of(tensors);
   std::array<OptionalTensor, kAdapterGradients> out;
   with_engine(x.scalar_type(), [&](const auto& engine) {
     using E = std::decay_t<decltype(engine)>;
@@ -504,12 +517,15 @@ std::array<OptionalTensor, kAdapterGradients> bottleneck_adapter_bwd(
     if (need.dz()) down_t.emplace(engine, tensors.down.t(), need.down);
     const auto pointer = [](const auto& matrix) { return matrix ? &*matrix : nullptr; };
     const at::Tensor q_rows = q.contiguous();
+    // hooks on what autograd saves may give it back in another layout
+    const at::Tensor pre = pre_stats ? pre_stats->contiguous() : at::Tensor();
+    const at::Tensor post = post_stats ? post_stats->contiguous() : at::Tensor();
     Backward<E> backward{block,
                          need,
                          {data<T>(dy), dy.stride(0)},
                          {data<T>(q_rows), m},
-                         pre_stats ? data<A>(*pre_stats) : nullptr,
-                         post_stats ? data<A>(*post_stats) : nullptr,
+                         pre.defined() ? data<A>(pre) : nullptr,
+                         post.defined() ? data<A>(post) : nullptr,
                          pointer(up),
                          pointer(up_t),
                          pointer(down_t)};

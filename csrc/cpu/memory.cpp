@@ -4,6 +4,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/Allocator.h>
+#include <c10/util/Exception.h>
 
 #include <cstdlib>
 #include <limits>
@@ -160,6 +161,7 @@ void clear_pool() {
   pool().clear();
 }
 void set_pool_limit(int64_t bytes) {
+  TORCH_CHECK_VALUE(bytes >= 0, "bytes is ", bytes, "; expected at least 0");
   pool().limit(size_t(bytes));
 }
 

@@ -183,6 +183,8 @@ void row_normalise_backward(int64_t n, const A* dy, A mean, A rstd, const A* wei
   each<A>(n, PELT_BODY(lanes.put(s + i, (lanes.get(dy + i) * lanes.get(weight + i) - mean_plain -
                                          lanes.get(s + i) * mean_along) *
                                             rstd);));
+  // of one feature nothing is left, and a contracted product would leave its rounding error
+  if (n == 1) s[0] = A(0);
 }
 
 // ---- exponentials ----
@@ -339,14 +341,21 @@ struct Act {
     return one;
   }
 
+  static constexpr bool selects(Activation kind) {
+    return kind == Activation::kRelu || kind == Activation::kRelu2 || kind == Activation::kRelu6;
+  }
+
   template <Activation kind>
   static void forward(int64_t n, const A* q, A* out) {
     for (int64_t i = 0; i < n; i += Vec<A>::N) store(out + i, value<kind>(load<V>(q + i)));
   }
   template <Activation kind>
   static void backward(int64_t n, const A* q, A* da) {
-    for (int64_t i = 0; i < n; i += Vec<A>::N)
-      store(da + i, load<V>(da + i) * derivative<kind>(load<V>(q + i)));
+    for (int64_t i = 0; i < n; i += Vec<A>::N) {
+      const V slope = derivative<kind>(load<V>(q + i)), through = load<V>(da + i) * slope;
+      // where torch selects instead of multiplying, nothing of an infinite da passes
+      store(da + i, selects(kind) ? (slope == 0 ? V{} : through) : through);
+    }
   }
 };
 

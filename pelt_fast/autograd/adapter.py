@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..ops import bottleneck_adapter_bwd, bottleneck_adapter_fwd
+from .once import differentiable_once
 
 
 class Settings(NamedTuple):
@@ -43,7 +43,7 @@ class BottleneckAdapterFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         q, pre_stats, post_stats, seed, x, skip, *parameters = ctx.saved_tensors
         settings: Settings = ctx.settings

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..ops import lora_linear_bwd, lora_linear_fwd
+from .once import differentiable_once
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -46,7 +46,7 @@ class LoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, s, weight, seed, *adapters = ctx.saved_tensors
         n = len(ctx.scaling)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...activations import activate, derivative
+from ...activations import activate, activate_backward
 from ...random import keep_scale, philox_mask
 
 _layer_norm = torch.ops.aten.native_layer_norm.default
@@ -127,7 +127,7 @@ def bottleneck_adapter_bwd(
     need_z = need.x or need.skip or need.pre_weight or need.pre_bias
     if need_z or need.down or need.down_bias:
         da = dw @ up.to(dtype)
-        dq = (da.to(wide) * derivative(q.to(wide), activation)).to(dtype)
+        dq = activate_backward(da.to(wide), q.to(wide), activation).to(dtype)
     if need_z and dq is not None:
         dz = dq @ down.to(dtype)
         if pre_weight is not None and pre_stats is not None:
