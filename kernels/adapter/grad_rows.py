@@ -73,12 +73,12 @@ def default_config(problem: Any) -> RowsConfig:
     tiles = cdiv(problem.bottleneck, block_m)
     # da of a wide bottleneck, or a mask, leaves no registers for more rows.
     block_t = rows_of_block(problem, 16 if block_m > 64 or problem.dropout else 32)
-    masked = wide and problem.dropout
-    short = masked or (tiles > 1 and problem.features % 8)
-    roomy = tiles == 1 and not problem.dropout
-    block_d = chunk_of_columns(problem, 16 if short else 64 if roomy else 32)
     # Rows that begin anywhere are loaded one element at a time, each with its pointer.
-    warps = 8 if (wide and not masked) or tiles > 1 or problem.features % 8 else 4
+    alone = problem.features % 8 != 0
+    masked = wide and problem.dropout and not alone
+    roomy = tiles == 1 and not problem.dropout
+    block_d = chunk_of_columns(problem, 16 if masked else 64 if roomy else 32)
+    warps = 8 if not masked and (wide or tiles > 1 or alone) else 4
     # D and U are staged in shared memory, all tiles of a chunk.
     return RowsConfig(block_t, block_d, block_m, warps, 2 if tiles <= 2 else 1)
 
