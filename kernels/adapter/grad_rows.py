@@ -76,8 +76,7 @@ def default_config(problem: Any) -> RowsConfig:
     # Rows that begin anywhere are loaded one element at a time, each with its pointer.
     alone = problem.features % 8 != 0
     masked = wide and problem.dropout and not alone
-    roomy = tiles == 1 and not problem.dropout
-    block_d = chunk_of_columns(problem, 16 if masked else 64 if roomy else 32)
+    block_d = chunk_of_columns(problem, 16 if masked else 32)
     warps = 8 if not masked and (wide or tiles > 1 or alone) else 4
     # D and U are staged in shared memory, all tiles of a chunk.
     return RowsConfig(block_t, block_d, block_m, warps, 2 if tiles <= 2 else 1)
