@@ -24,7 +24,11 @@ LAYERS = (
     "kernels",
     "_C",
 )
-LEAVES = {"activations", "env", "random"}  # anyone may import them, they import nothing of the package
+LEAVES = {
+    "activations",
+    "env",
+    "random",
+}  # anyone may import them, they import nothing of the package
 ORACLE = "reference"  # imports torch alone; of the product only its backend may import it
 FRONT = {"", "__main__"}  # pelt_fast/__init__.py and the command line
 STANDARD = set(sys.stdlib_module_names)
