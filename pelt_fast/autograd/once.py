@@ -27,7 +27,7 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
             return once(ctx, dy)
         with torch.no_grad():
             found = backward(ctx, dy)
-        raising = torch._C._functions.DelayedError(_MESSAGE, len(found))
+        raising: Any = torch._C._functions.DelayedError(_MESSAGE, len(found))
         return raising(*[None if g is None else g.detach().requires_grad_() for g in found])
 
     return wrapper
