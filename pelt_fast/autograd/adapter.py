@@ -6,6 +6,7 @@ of each row for each layernorm, the seed, and the parameters by alias. Nothing o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,13 +40,13 @@ class BottleneckAdapterFunction(torch.autograd.Function):
         *numbers, backend = settings
         y, q, pre_stats, post_stats = bottleneck_adapter_fwd(*tensors, seed, *numbers, backend)
         ctx.save_for_backward(q, pre_stats, post_stats, seed, *tensors)
-        ctx.settings = settings
+        ctx.settings, ctx.not_saved = settings, ""
         return y
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        q, pre_stats, post_stats, seed, x, skip, *parameters = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor, saved: Sequence[Any]) -> tuple[Any, ...]:
+        q, pre_stats, post_stats, seed, x, skip, *parameters = saved
         settings: Settings = ctx.settings
         *numbers, backend = settings
         needs = list(ctx.needs_input_grad[2:])

@@ -6,6 +6,7 @@ trains), the seed, and the parameters by alias. Nothing of size T × in or T × 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,14 +42,15 @@ class LoRALinearFunction(torch.autograd.Function):
         ctx.save_for_backward(
             x if keep_x else None, s if keep_s else None, weight, seed, *lora_a, *lora_b
         )
+        ctx.not_saved = "x" if needs[0] and keep_s and not keep_x else ""  # dB is computed from x
         ctx.scaling, ctx.dropout_p, ctx.backend = scaling, dropout_p, backend
         ctx.bias_dtypes = [None if b is None else b.dtype for b in (bias, *lora_bias)]
         return y
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, s, weight, seed, *adapters = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor, saved: Sequence[Any]) -> tuple[Any, ...]:
+        x, s, weight, seed, *adapters = saved
         n = len(ctx.scaling)
         lora_a, lora_b = adapters[:n], adapters[n:]
         needs = ctx.needs_input_grad

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _MESSAGE = b"trying to differentiate twice a function that was marked with @once_differentiable"
 
 
-def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Like torch's ``once_differentiable``, which marks results only where an incoming gradient requires one.
+def differentiable_once(
+    backward: Callable[[Any, Tensor, Sequence[Any]], tuple[Any, ...]],
+) -> Callable[[Any, Tensor], tuple[Any, ...]]:
+    """Make ``backward(ctx, dy, saved_tensors)`` a Function's backward whose results raise when differentiated.
 
-    With ``create_graph=True`` every result is marked: the gradient of a sum reaches backward as ones that require
-    nothing, and a penalty on what comes out would otherwise vanish without an error.
+    torch's own ``once_differentiable`` ties the results to the incoming gradient alone, so a second derivative with
+    respect to what was saved (a gradient penalty's, by a weight) would silently miss a term. Here the node that raises
+    stands between the results and every tensor that they are computed from. ``ctx.not_saved`` names one of them that
+    the Function did not keep: then ``create_graph=True`` raises at once.
     """
-    once = once_differentiable(backward)
 
     @functools.wraps(backward)
-    def wrapper(ctx: Any, dy: Tensor) -> Any:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or dy.requires_grad:
-            return once(ctx, dy)
+    def wrapper(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors  # once: unpacking may run hooks
         with torch.no_grad():
-            found = backward(ctx, dy)
-        raising: Any = torch._C._functions.DelayedError(_MESSAGE, len(found))
-        return raising(*[None if g is None else g.detach().requires_grad_() for g in found])
+            found = backward(ctx, dy, saved)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return found
+        if ctx.not_saved:
+            raise RuntimeError(
+                f"{ctx.not_saved} was not kept for a second derivative; expected backward without create_graph=True"
+            )
+        sources = [t for t in (dy, *saved) if t is not None and t.requires_grad]
+        # no elements, but the graph of every source; one of its own, so that it always has a graph
+        link = torch.zeros((), requires_grad=True)
+        for source in sources:
+            link = link + source.unsqueeze(0)[:0].sum().to(link)
+        raising: Any = torch._C._functions.DelayedError(_MESSAGE, len(found) + 1)
+        results = [None if g is None else g.detach() for g in found]
+        return tuple(raising(*results, link)[:-1])
 
     return wrapper

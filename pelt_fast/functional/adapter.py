@@ -288,13 +288,15 @@ def _in_one_dtype(
     is fp32.
     """
     dtype = autocast_dtype(x)
-    if dtype is None:
+    autocast = dtype is not None
+    if not autocast:
         check_input_dtype(x)
-        for i, value in enumerate(residuals):
-            name = "residual" if len(residuals) == 1 else f"residual[{i}]"
-            check_dtype(name, value, x, False, wider=False)
-        if skip is not None:
-            check_dtype("skip", skip, x, False, wider=False)
+    for i, value in enumerate(residuals):
+        name = "residual" if len(residuals) == 1 else f"residual[{i}]"
+        check_dtype(name, value, x, autocast, wider=False)
+    if skip is not None:
+        check_dtype("skip", skip, x, autocast, wider=False)
+    if dtype is None:
         return x, skip, residuals, False
     added = [*residuals] if skip is None else [*residuals, skip, x]
     for value in added:

@@ -118,6 +118,18 @@ def test_double_backward_is_refused_with_a_reason(backend, device):
         da.sum().backward()
 
 
+@pytest.mark.parametrize("of", ["x", "down", "up", "ln_weight"])
+@pytest.mark.parametrize("by", ["x", "skip", "down", "up", "ln_weight", "dy"])
+def test_every_second_derivative_is_refused(of, by, backend, device):
+    inputs = CASE.make(torch.float64, device)
+    leaves = inputs.map(lambda name, t: t.detach().requires_grad_())
+    named = dict(leaves.named_tensors())
+    loss = (backend(leaves) * named["dy"]).sum()
+    (grad,) = torch.autograd.grad(loss, named[of], create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        torch.autograd.grad(loss + grad.square().sum(), named[by])
+
+
 @pytest.mark.parametrize("changed", ["x", "skip", "down", "up", "ln_weight", "pre_bias"])
 def test_saved_tensor_changed_in_place_is_refused(changed, backend, device):
     inputs = CASE.make(torch.float32, device)

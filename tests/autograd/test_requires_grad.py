@@ -124,6 +124,31 @@ def test_double_backward_is_refused_with_a_reason(backend, device):
         da.sum().backward()
 
 
+@pytest.mark.parametrize("of", ["x", "lora_a", "lora_b", "dy"])
+@pytest.mark.parametrize("by", ["x", "lora_a", "lora_b", "dy"])
+def test_every_second_derivative_is_refused(of, by, backend, device):
+    inputs = CASE.make(torch.float64, device)
+    leaves = inputs.map(lambda name, t: t.detach().requires_grad_(name in NAMES))
+    named = {"x": leaves.x, "lora_a": leaves.lora_a[0], "lora_b": leaves.lora_b[0]}
+    named["dy"] = leaves.dy.detach().requires_grad_()
+    y = backend(leaves)
+    loss = (y * named["dy"]).sum()
+    (grad,) = torch.autograd.grad(loss, named[of], create_graph=True)
+    if of == "dy":  # that is y
+        assert torch.equal(grad, y)
+        return
+    with pytest.raises(RuntimeError, match="twice"):
+        torch.autograd.grad(loss + grad.square().sum(), named[by])
+
+
+def test_second_derivative_by_an_x_that_is_not_kept(backend, device):
+    inputs = CASE.make(torch.float64, device)
+    leaves = inputs.map(lambda name, t: t.detach().requires_grad_(name in ("x", "lora_b.0")))
+    y = backend(leaves)
+    with pytest.raises(RuntimeError, match=r"x was not kept .* create_graph=True"):
+        torch.autograd.grad(y.sum(), leaves.lora_b, create_graph=True)
+
+
 @pytest.mark.parametrize("changed", ["x", "lora_a.0", "lora_b.0", "weight"])
 def test_saved_tensor_changed_in_place_is_refused(changed, backend, device):
     inputs = CASE.make(torch.float32, device)

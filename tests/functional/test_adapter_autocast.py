@@ -143,3 +143,17 @@ def test_wrong_dtype_outside_is_right_inside(device):
         PF.bottleneck_adapter(*wrong.args)
     with torch.autocast(device, torch.bfloat16):
         assert PF.bottleneck_adapter(*wrong.args).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["residual", "skip"])
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str
+)
+def test_what_is_added_has_a_floating_dtype(name, dtype):
+    x, down, up = torch.randn(5, 16), torch.randn(4, 16), torch.randn(16, 4)
+    added = torch.ones(5, 16).to(dtype)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(TypeError, match=rf"{name} has dtype {dtype}; expected a floating dtype"),
+    ):
+        PF.bottleneck_adapter(x, down, None, up, None, **{name: added})
