@@ -18,6 +18,8 @@ from pelt_fast.testing import adapter_oracle, oracle
 from pelt_fast.testing.adapter_workloads import AdapterInputs
 from pelt_fast.testing.inputs import Inputs
 
+from .interpreters import Interpreters
+
 # cuBLAS is deterministic, as `poisoned_memory` demands, only with a workspace of its own.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -92,6 +94,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def backend(request: pytest.FixtureRequest) -> Backend:
     required = request.config.getoption("--require-backends").split(",")
     return Backend(request.param, request.param in required)
+
+
+@pytest.fixture(scope="session")
+def interpreters() -> Iterator[Interpreters]:
+    """Runs programs outside of this process."""
+    found = Interpreters()
+    yield found
+    found.close()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +16,9 @@ SAMPLES = [0.003, 0.001, 0.002, 7.0]
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_injected_samples_are_what_pytest_benchmark_reports(tmp_path: Path) -> None:
+def test_injected_samples_are_what_pytest_benchmark_reports(
+    tmp_path: Path, interpreters: Any
+) -> None:
     """In a pytest of its own: pytest-benchmark does nothing under pytest-xdist."""
     (tmp_path / "test_injected.py").write_text(f"""
 import pytest
@@ -41,14 +41,11 @@ def test_it(benchmark):
         "--rootdir",
         str(tmp_path),
     ]
+    arguments = [*options, f"--benchmark-json={report}", str(tmp_path)]
     environ = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    subprocess.run(
-        [sys.executable, "-m", "pytest", *options, f"--benchmark-json={report}", str(tmp_path)],
-        cwd=tmp_path,
-        env={**environ, "PYTHONPATH": str(ROOT)},
-        check=True,
-        capture_output=True,
-    )
+    program = f"import pytest\nsys.exit(pytest.main({arguments!r}))"
+    done = interpreters(program, ROOT, cwd=tmp_path, env=environ)
+    assert done.returncode == 0, done.stdout + done.stderr
     (found,) = json.loads(report.read_text())["benchmarks"]
     assert found["stats"]["data"] == pytest.approx(SAMPLES, abs=1e-12)
     assert found["stats"]["median"] == pytest.approx(0.0025)

@@ -1,11 +1,11 @@
 """The environment variables of the C++ backend, in a process of its own: they are read at import."""
 
 import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[2]
 CODE = """
 import torch, pelt_fast
 from pelt_fast.backends import cpp
@@ -24,12 +24,7 @@ print(cpp.isa(), cpp.packed_bytes() > 0, (y == 8 + 16).all().item())
         ("amx", "1", "{best} True True"),
     ],
 )
-def test_instruction_set_and_limit(isa, limit, expected, cpp):
-    done = subprocess.run(
-        [sys.executable, "-c", CODE],
-        env={**os.environ, "PELT_FAST_CPU_ISA": isa, "PELT_FAST_PACK_LIMIT_MB": limit},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == expected.format(best=cpp.available_isas()[-1])
+def test_instruction_set_and_limit(isa, limit, expected, cpp, interpreters):
+    environ = {**os.environ, "PELT_FAST_CPU_ISA": isa, "PELT_FAST_PACK_LIMIT_MB": limit}
+    done = interpreters(CODE, ROOT, cwd=ROOT, env=environ)
+    assert done.stdout.strip() == expected.format(best=cpp.available_isas()[-1]), done.stderr

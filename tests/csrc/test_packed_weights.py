@@ -2,10 +2,9 @@
 
 import gc
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -306,15 +305,10 @@ print("fine")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_forked_child_computes(cpp):
+def test_forked_child_computes(cpp, interpreters):
     """As a data loader's workers are made."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORK],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    root = Path(__file__).resolve().parents[2]
+    done = interpreters(FORK, root, cwd=root, env=os.environ, timeout=60)
     assert done.stdout.strip() == "fine", done.stderr
 
 

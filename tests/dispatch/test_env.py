@@ -1,8 +1,7 @@
 """PELT_FAST_* is read once, and a value that means nothing is an error, not a default."""
 
 import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
@@ -55,13 +54,12 @@ def test_nonsense_names_the_variable_the_value_and_what_is_allowed(name, value, 
     assert expected in str(raised.value)
 
 
-def test_variable_reaches_a_call():
+def test_variable_reaches_a_call(interpreters):
     code = (
         "import torch, pelt_fast; t = torch.ones;"
         "print(pelt_fast.explain('lora_linear', t(3, 8), t(6, 8), None, t(2, 8), t(6, 2), 1.0).backends)"
     )
     environ = {**os.environ, "PELT_FAST_BACKEND": "reference"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "('reference', 'reference')"
+    root = Path(__file__).resolve().parents[2]
+    done = interpreters(code, root, cwd=root, env=environ)
+    assert done.stdout.strip() == "('reference', 'reference')", done.stderr

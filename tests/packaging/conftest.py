@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -38,24 +37,18 @@ def copy_project(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="session")
-def python():
-    """A function that runs a program in a fresh interpreter which sees the given paths before the
-    installed packages, and of the installed packages no ``.pth`` file: no editable install."""
+def python(interpreters):
+    """A function that runs a program in an interpreter which sees the given paths before the
+    installed packages, and of the installed packages no ``.pth`` file: no editable install.
 
-    def run(program: str, *paths: Path, cwd: Path, ok: bool = True, **env: str):
-        site = sysconfig.get_paths()["purelib"]
-        setup = (
-            "import site, sys\n"
-            f"for path in {[str(p) for p in paths]!r}: site.addsitedir(path)\n"
-            f"sys.path.append({site!r})\n"
-        )
-        result = subprocess.run(
-            [sys.executable, "-S", "-c", setup + program],
-            cwd=cwd,
-            env={"PATH": _path(), "HOME": str(Path.home()), "OMP_NUM_THREADS": "1", **env},
-            capture_output=True,
-            text=True,
-        )
+    It has imported torch already, unless it is `fresh`.
+    """
+
+    def run(
+        program: str, *paths: Path, cwd: Path, ok: bool = True, fresh: bool = False, **env: str
+    ):
+        environ = {"PATH": _path(), "HOME": str(Path.home()), "OMP_NUM_THREADS": "1", **env}
+        result = interpreters(program, *paths, cwd=cwd, env=environ, fresh=fresh)
         if ok:
             assert result.returncode == 0, result.stdout + result.stderr
         return result
@@ -64,6 +57,4 @@ def python():
 
 
 def _path() -> str:
-    import os
-
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

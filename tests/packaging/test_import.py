@@ -34,7 +34,7 @@ print(*sorted(set(sys.modules) - before))
 
 
 def test_works_without_anything_optional(root: Path, python, tmp_path: Path):
-    python(BLOCK + USE, root, cwd=tmp_path)
+    python(BLOCK + USE, root, cwd=tmp_path, fresh=True)
 
 
 def test_accelerate_without_peft_says_what_is_missing(root: Path, python, tmp_path: Path):
