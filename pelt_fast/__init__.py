@@ -7,10 +7,12 @@ from typing import Any
 from . import functional, nn
 from .dispatch import BackendUnavailable, use_backend
 from .functional import explain
+from .segments import MultiAdapterPlan
 
 __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
+    "MultiAdapterPlan",
     "__version__",
     "accelerate",
     "explain",

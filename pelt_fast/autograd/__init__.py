@@ -2,5 +2,6 @@
 
 from .adapter import BottleneckAdapterFunction
 from .lora import LoRALinearFunction
+from .multi_lora import MultiLoRAFunction
 
-__all__ = ["BottleneckAdapterFunction", "LoRALinearFunction"]
+__all__ = ["BottleneckAdapterFunction", "LoRALinearFunction", "MultiLoRAFunction"]

@@ -45,7 +45,7 @@ class BottleneckAdapterFunction(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, dy: Tensor, saved: Sequence[Any]) -> tuple[Any, ...]:
+    def backward(ctx: Any, saved: Sequence[Any], dy: Tensor) -> tuple[Any, ...]:
         q, pre_stats, post_stats, seed, x, skip, *parameters = saved
         settings: Settings = ctx.settings
         *numbers, backend = settings

@@ -49,7 +49,7 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, dy: Tensor, saved: Sequence[Any]) -> tuple[Any, ...]:
+    def backward(ctx: Any, saved: Sequence[Any], dy: Tensor) -> tuple[Any, ...]:
         x, s, weight, seed, *adapters = saved
         n = len(ctx.scaling)
         lora_a, lora_b = adapters[:n], adapters[n:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ _MESSAGE = b"trying to differentiate twice a function that was marked with @once
 
 
 def differentiable_once(
-    backward: Callable[[Any, Tensor, Sequence[Any]], tuple[Any, ...]],
-) -> Callable[[Any, Tensor], tuple[Any, ...]]:
-    """Make ``backward(ctx, dy, saved_tensors)`` a Function's backward whose results raise when differentiated.
+    backward: Callable[..., tuple[Any, ...]],
+) -> Callable[..., tuple[Any, ...]]:
+    """Make ``backward(ctx, saved_tensors, *dy)`` a Function's backward whose results raise when differentiated.
 
     torch's own ``once_differentiable`` ties the results to the incoming gradient alone, so a second derivative with
     respect to what was saved (a gradient penalty's, by a weight) would silently miss a term. Here the node that raises
@@ -24,17 +24,17 @@ def differentiable_once(
     """
 
     @functools.wraps(backward)
-    def wrapper(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def wrapper(ctx: Any, *dy: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # once: unpacking may run hooks
         with torch.no_grad():
-            found = backward(ctx, dy, saved)
+            found = backward(ctx, saved, *dy)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return found
         if ctx.not_saved:
             raise RuntimeError(
                 f"{ctx.not_saved} was not kept for a second derivative; expected backward without create_graph=True"
             )
-        sources = [t for t in (dy, *saved) if t is not None and t.requires_grad]
+        sources = [t for t in (*dy, *saved) if t is not None and t.requires_grad]
         # no elements, but the graph of every source; one of its own, so that it always has a graph
         link = torch.zeros((), requires_grad=True)
         for source in sources:

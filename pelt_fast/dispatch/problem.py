@@ -74,6 +74,35 @@ class AdapterProblem(NamedTuple):
         return f"{text} on {self.device_type} ({self.arch})"
 
 
+class MultiLoRAProblem(NamedTuple):
+    """One pass of batched multi-LoRA over projections that share x. ``dtype`` is x's, the one that is computed in."""
+
+    op: str  # "multi_lora_fwd" | "multi_lora_bwd"
+    device_type: str
+    arch: str
+    dtype: torch.dtype
+    adapter_dtypes: tuple[torch.dtype, ...]
+    tokens: int
+    adapters: int
+    in_features: int
+    out_features: tuple[int, ...]  # of each projection
+    rank: int  # the largest
+    row_scale: bool
+    dropout: bool
+
+    @property
+    def family(self) -> str:
+        """The module of a backend that has this operation."""
+        return "multi_lora"
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        out = "+".join(map(str, self.out_features))
+        text = f"{self.op} {dtype} T={self.tokens} L={self.adapters} in={self.in_features} out={out} r<={self.rank}"
+        text += "".join(f" {flag}" for flag in ("row_scale", "dropout") if getattr(self, flag))
+        return f"{text} on {self.device_type} ({self.arch})"
+
+
 @lru_cache(maxsize=64)
 def arch_of(device_type: str, index: int | None) -> str:
     """The architecture of a device: "sm_90" for a GPU, torch's CPU capability in lower case for a CPU."""

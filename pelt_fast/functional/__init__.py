@@ -10,6 +10,7 @@ from ..dispatch import Explanation
 from ..random import philox_mask
 from .adapter import bottleneck_adapter, explain_bottleneck_adapter
 from .lora import MAX_RANK, explain_lora_linear, lora_linear
+from .multi_lora import explain_multi_lora, multi_lora
 
 __all__ = [
     "ACTIVATIONS",
@@ -18,12 +19,14 @@ __all__ = [
     "bottleneck_adapter",
     "explain",
     "lora_linear",
+    "multi_lora",
     "philox_mask",
 ]
 
 _EXPLAINED: dict[str, Callable[..., Explanation]] = {
     "lora_linear": explain_lora_linear,
     "bottleneck_adapter": explain_bottleneck_adapter,
+    "multi_lora": explain_multi_lora,
 }
 
 
@@ -31,7 +34,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Which backend a call would run on, forward and backward, and why not the others.
 
     Args:
-        op: "lora_linear" or "bottleneck_adapter".
+        op: "lora_linear", "bottleneck_adapter" or "multi_lora".
         *args: the arguments of the function of that name in ``pelt_fast.functional``; nothing is computed.
         **kwargs: likewise.
 

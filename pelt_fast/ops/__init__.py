@@ -2,10 +2,14 @@
 
 from .adapter import bottleneck_adapter_bwd, bottleneck_adapter_fwd
 from .lora import lora_linear_bwd, lora_linear_fwd
+from .multi_lora import multi_lora_add_, multi_lora_bwd, multi_lora_fwd
 
 __all__ = [
     "bottleneck_adapter_bwd",
     "bottleneck_adapter_fwd",
     "lora_linear_bwd",
     "lora_linear_fwd",
+    "multi_lora_add_",
+    "multi_lora_bwd",
+    "multi_lora_fwd",
 ]

@@ -18,9 +18,9 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> An
     """Registers an operator for every device and returns its ``default`` overload, bound once."""
     name = schema.partition("(")[0]
 
-    def impl(first: Tensor, *rest: Any) -> Any:
+    def impl(first: Tensor | list[Tensor], *rest: Any) -> Any:
         # dtypes were settled above: a backend's own operators must not be cast once more
-        device_type = first.device.type
+        device_type = (first if isinstance(first, Tensor) else first[0]).device.type
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
                 return run(first, *rest)

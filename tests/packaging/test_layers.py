@@ -28,6 +28,7 @@ LEAVES = {
     "activations",
     "env",
     "random",
+    "segments",
 }  # anyone may import them, they import nothing of the package
 ORACLE = "reference"  # imports torch alone; of the product only its backend may import it
 FRONT = {"", "__main__"}  # pelt_fast/__init__.py and the command line
