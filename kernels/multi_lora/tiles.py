@@ -1,0 +1,81 @@
+"""What every kernel of the family reads of a plan: tiles of rows that name one adapter, and the adapter's rank and factor.
+
+A plan is made once for a batch (``MultiAdapterPlan`` of the package): `perm` (T,) has the tokens by adapter, `tiles16`
+and `tiles64` (n, 4) have rows of (adapter or -1, first position in perm, rows, 0), n from capacities alone, rows = 0
+where unused. Tiles start where adapters start, so whatever is computed for an adapter never depends on its neighbours.
+A tile may be served by several programs, each with a part of its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+CHUNK_ROWS = 512
+"""Rows of a chunk of a sum over an adapter's tokens; the last one of an adapter has fewer."""
+
+
+def unsupported(problem: Any) -> list[str]:
+    """Why the kernels of this family cannot run the problem; empty when they can."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return (
+        []
+        if problem.dtype in dtypes
+        else [f"{problem.dtype} is not one of float32, bfloat16, float16"]
+    )
+
+
+@triton.jit
+def open_tile(tiles_ptr, perm_ptr, PER_TILE: tl.constexpr, BLOCK_T: tl.constexpr):
+    """This program's rows of its tile: adapter (-1: none), their number (<= 0: none), which are live, their tokens."""
+    tile = tl.program_id(0) // PER_TILE
+    before = (tl.program_id(0) % PER_TILE) * BLOCK_T
+    at = tiles_ptr + tile * 4
+    rows = tl.load(at + 2) - before
+    lane = tl.arange(0, BLOCK_T)
+    live = lane < rows
+    tokens = tl.load(perm_ptr + tl.load(at + 1) + before + lane, mask=live, other=0)
+    return tl.load(at), rows, live, tokens.to(tl.int64)
+
+
+@triton.jit
+def rank_of(ranks_ptr, adapter, width):
+    """The adapter's rank, at most ``width``; 0 where there is no adapter."""
+    rank = tl.load(ranks_ptr + adapter, mask=adapter >= 0, other=0)
+    return tl.minimum(tl.maximum(rank, 0), width)
+
+
+@triton.jit
+def factor_of(scaling_ptr, row_scale_ptr, adapter, tokens, live):
+    """c of each row, scaling · row_scale in fp32; 0 where there is no adapter."""
+    scaling = tl.load(scaling_ptr + adapter, mask=adapter >= 0, other=0.0).to(tl.float32)
+    if row_scale_ptr is not None:
+        named = tl.zeros(tokens.shape, tl.int32) + adapter >= 0
+        row_scale = tl.load(row_scale_ptr + tokens, mask=live & named, other=0.0)
+        return row_scale.to(tl.float32) * scaling
+    else:
+        return tl.zeros(tokens.shape, tl.float32) + scaling
+
+
+@triton.jit
+def weight_tile(ptr, adapter, strides, ranks, live_r, inner, live_inner, dtype: tl.constexpr):
+    """[inner, ranks] of an adapter's A or B, seen through strides of (adapter, rank, inner); 0 past its rank."""
+    slot = ptr + adapter.to(tl.int64) * strides[0]
+    at = inner.to(tl.int64)[:, None] * strides[2] + ranks.to(tl.int64)[None, :] * strides[1]
+    return tl.load(slot + at, mask=live_inner[:, None] & live_r[None, :], other=0.0).to(dtype)
+
+
+def starts_of(widths: Sequence[int]) -> tuple[int, ...]:
+    """Columns of s at which the projections begin, and where the last one ends."""
+    return tuple(accumulate(widths, initial=0))
+
+
+def threshold_of(dropout_p: float) -> int:
+    """Bits of the uint32 that the random bits of a kept element reach, as an int32."""
+    bits = min(round(dropout_p * 2**32), 2**32 - 1)
+    return bits - 2**32 if bits >= 2**31 else bits
