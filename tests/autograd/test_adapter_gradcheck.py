@@ -24,7 +24,10 @@ EPS = {"pre_eps": 1e-2, "eps": 1e-2}
     "case",
     [
         AdapterCase("bare", (3,), 4, 3),
-        AdapterCase("pfeiffer", (3,), 4, 3, "tanh", **{**PFEIFFER, **EPS}),
+        pytest.param(
+            AdapterCase("pfeiffer", (3,), 4, 3, "tanh", **{**PFEIFFER, **EPS}),
+            marks=pytest.mark.slow,
+        ),
         AdapterCase("houlsby", (2, 2), 4, 3, "silu", **HOULSBY, **EPS, gate="sample"),
         AdapterCase("one_dim", (), 4, 3, "gelu_tanh", **T5_PFEIFFER, scale="one"),
         AdapterCase("pre_ln", (3,), 4, 3, "mish", **PRE_LN, **EPS, down_bias=False, ln_bias=False),

@@ -28,7 +28,11 @@ def label(names):
     return "+".join(names) or "none"
 
 
-@pytest.mark.parametrize("wanted", PATTERNS, ids=label)
+@pytest.mark.parametrize(
+    "wanted",
+    [*PATTERNS[:-16], *(pytest.param(wanted, marks=pytest.mark.slow) for wanted in PATTERNS[-16:])],
+    ids=label,
+)
 def test_pattern(wanted, backend, device):
     inputs = CASE.make(torch.float32, device)
     results, keep = backend.run(inputs, wanted)

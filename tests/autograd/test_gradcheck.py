@@ -10,10 +10,10 @@ from pelt_fast.testing.workloads import Adapter, Case
 @pytest.mark.parametrize(
     "case",
     [
-        Case("plain", (4,), 5, 6, (Adapter(2),)),
+        pytest.param(Case("plain", (4,), 5, 6, (Adapter(2),)), marks=pytest.mark.slow),
         Case("three_dims", (2, 3), 5, 6, (Adapter(2),), bias=False),
         Case("one_dim", (), 5, 6, (Adapter(3, bias=True),)),
-        Case("dropout", (4,), 5, 6, (Adapter(2, 0.5, 0.4),)),
+        pytest.param(Case("dropout", (4,), 5, 6, (Adapter(2, 0.5, 0.4),)), marks=pytest.mark.slow),
         Case("dropout_all", (4,), 5, 6, (Adapter(2, 0.5, 1.0),)),
         Case("two", (4,), 5, 6, (Adapter(2, 2.0, 0.4), Adapter(3, -1.0, bias=True))),
     ],

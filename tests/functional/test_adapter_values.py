@@ -12,6 +12,7 @@ from pelt_fast.random import new_seed
 from pelt_fast.testing import adapter_oracle as oracle
 from pelt_fast.testing.adapter_tolerance import assert_accurate, yardsticks
 from pelt_fast.testing.adapter_workloads import (
+    ACTIVATIONS,
     BIASES,
     BLOCKS,
     CASES,
@@ -54,8 +55,15 @@ def named(*names):
     return [case for case in CASES if case.name in names]
 
 
-# what is added where, in which layout, is a matter of no dtype
-_SLOW = {(case, dtype) for case in (*TERMS, *BIASES, *STRIDES) for dtype in DTYPES[2:]}
+# what is added where, in which layout, is a matter of no dtype: the dtypes take turns
+_SLOW = {
+    (case, dtype)
+    for i, case in enumerate((*TERMS, *BIASES, *STRIDES))
+    for dtype in DTYPES
+    if dtype != DTYPES[i % len(DTYPES)]
+}
+# in every dtype activations meet special values, below
+_SLOW |= {(case, dtype) for case in ACTIVATIONS for dtype in DTYPES[2:]}
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,11 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +57,28 @@ PRECISIONS = [
     AUTOCAST,
     Precision("autocast-bf16-base", torch.bfloat16, autocast=True),
 ]
+
+
+def pairs(
+    names: Sequence[str], precisions: Sequence[Precision], always: Sequence[Precision]
+) -> Any:
+    """Every model in every precision; quick are all of the first, and of the rest these and one more in turn."""
+    others = [precision for precision in precisions if precision not in always]
+    return pytest.mark.parametrize(
+        ("name", "precision"),
+        [
+            pytest.param(
+                name,
+                precision,
+                id=f"{name}-{precision.name}",
+                marks=[]
+                if i == 0 or precision in (*always, others[i % len(others)])
+                else [pytest.mark.slow],
+            )
+            for i, name in enumerate(names)
+            for precision in precisions
+        ],
+    )
 
 
 def gradients(model: nn.Module) -> Results:

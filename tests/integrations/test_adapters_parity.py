@@ -32,6 +32,7 @@ from .parity import (
     Results,
     assert_as_accurate,
     one_step,
+    pairs,
     three_steps,
 )
 
@@ -63,8 +64,7 @@ def in_dtypes_of(results: Results, like: Results) -> Results:
     }
 
 
-@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: p.name)
-@pytest.mark.parametrize("name", MODELS)
+@pairs(MODELS, PRECISIONS, always=[FP32])
 def test_outputs_and_every_gradient(name: str, precision: Precision, fused) -> None:
     batch = ARCHITECTURES[name].batch()
     plain, fast, exact = models(name, precision)
@@ -78,8 +78,7 @@ def test_outputs_and_every_gradient(name: str, precision: Precision, fused) -> N
     assert_as_accurate(in_dtypes_of(ours, theirs), theirs, exact, precision.computed, LAYERS[name])
 
 
-@pytest.mark.parametrize("precision", [FP32, BF16, AUTOCAST], ids=lambda p: p.name)
-@pytest.mark.parametrize("name", MODELS)
+@pairs(MODELS, [FP32, BF16, AUTOCAST], always=[])
 def test_three_optimizer_steps(name: str, precision: Precision) -> None:
     batches = [ARCHITECTURES[name].batch(seed=seed) for seed in range(3)]
     plain, fast, exact = models(name, precision)

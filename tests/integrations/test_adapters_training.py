@@ -59,9 +59,9 @@ def train(model: nn.Module, trainer: type, folder: Path, **options) -> dict[str,
 @pytest.mark.parametrize(
     ("trainer", "options"),
     [
-        (AdapterTrainer, {}),
+        pytest.param(AdapterTrainer, {}, marks=pytest.mark.slow),
         (transformers.Trainer, {"bf16": True}),
-        (AdapterTrainer, {"gradient_checkpointing": True}),
+        pytest.param(AdapterTrainer, {"gradient_checkpointing": True}, marks=pytest.mark.slow),
         (AdapterTrainer, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.01}),
     ],
     ids=["adapter-trainer", "bf16", "checkpointing", "accumulation"],

@@ -18,6 +18,7 @@ from .parity import (
     Precision,
     assert_as_accurate,
     one_step,
+    pairs,
     three_steps,
 )
 
@@ -26,8 +27,7 @@ ARCHITECTURES = ["bert", "roberta", "t5", "gpt2", "llama"]
 Accelerated = Callable[[nn.Module], nn.Module]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: p.name)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pairs(ARCHITECTURES, PRECISIONS, always=[FP32])
 def test_outputs_and_every_gradient(
     name: str,
     precision: Precision,
@@ -48,8 +48,7 @@ def test_outputs_and_every_gradient(
     assert_as_accurate(ours, theirs, exact, precision.computed, arch.layers)
 
 
-@pytest.mark.parametrize("precision", [FP32, BF16, AUTOCAST], ids=lambda p: p.name)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pairs(ARCHITECTURES, [FP32, BF16, AUTOCAST], always=[])
 def test_three_optimizer_steps(
     name: str,
     precision: Precision,
@@ -130,7 +129,7 @@ def test_two_active_adapters_are_summed(
     assert_as_accurate(ours, theirs, exact, precision.computed, arch.layers)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.4])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradient_checkpointing_changes_nothing(

@@ -49,10 +49,12 @@ def train(
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"bf16": True},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-        {"gradient_accumulation_steps": 2, "max_grad_norm": 0.01},
+        pytest.param(
+            {"gradient_accumulation_steps": 2, "max_grad_norm": 0.01}, marks=pytest.mark.slow
+        ),
     ],
     ids=lambda options: next(iter(options), "fp32"),
 )

@@ -37,7 +37,8 @@ def _slow(case, dtype):
     # an fp32 adapter over fp32 is no mixture
     if any(name in case.name for name in HEAVY) or dtype == case.adapter_dtype:
         return True
-    return dtype != torch.bfloat16 and not any(name in case.name for name in EVERY_DTYPE)
+    names = {torch.float32: EVERY_DTYPE, torch.float16: EVERY_DTYPE[:3]}.get(dtype)
+    return names is not None and not any(name in case.name for name in names)
 
 
 @pytest.mark.parametrize(

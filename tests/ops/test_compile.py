@@ -39,7 +39,7 @@ def compiled_layer(backend, compiler):
     return plain, torch.compile(plain, fullgraph=True, dynamic=True, backend=compiler)
 
 
-@pytest.mark.parametrize("adapters", ADAPTERS)
+@pytest.mark.parametrize("adapters", [pytest.param("plain", marks=pytest.mark.slow), "dropout"])
 def test_same_results_for_every_number_of_tokens_from_one_graph(adapters, backend, device):
     backend.require(Case("", (2, 3), 24, 40, ADAPTERS[adapters]).make(torch.float32, device))
     counter = CompileCounterWithBackend("aot_eager")
@@ -66,7 +66,7 @@ def test_changed_scaling_is_obeyed(backend, device):
     def function(scaling):
         return PF.lora_linear(*inputs.args[:5], scaling, backend=backend.name)
 
-    for scaling in (0.5, 0.25, 3.0):
+    for scaling in (0.5, 3.0):
         expected = PF.lora_linear(*inputs.args[:5], scaling, backend=backend.name)
         assert torch.equal(function(scaling), expected)
 
