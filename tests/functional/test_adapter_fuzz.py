@@ -1,5 +1,6 @@
 """Random cases against the oracle: what nobody thought of. The same ones every time, so that a failure repeats."""
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -49,20 +50,37 @@ cases = st.one_of(
 )
 
 
-@given(
+GIVEN = given(
     case=cases,
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     frozen=st.sets(st.sampled_from(NAMES), max_size=5),
     seed=st.integers(0, 2**31),
 )
-@settings(
-    max_examples=60,
-    derandomize=True,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-def test_any_case_matches_the_oracle(case, dtype, frozen, seed, backend, device):
+
+
+def random_cases(examples):
+    def decorate(test):
+        checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+        return settings(
+            max_examples=examples, derandomize=True, deadline=None, suppress_health_check=checks
+        )(GIVEN(test))
+
+    return decorate
+
+
+def check(case, dtype, frozen, seed, backend, device):
     inputs = case.make(dtype, device, seed)
     wanted = [name for name, _ in inputs.named_tensors() if name not in {"dy", *frozen}]
     results, keep = backend.run(inputs, wanted, seed)
     assert_accurate(results, inputs, keep)
+
+
+@random_cases(20)
+def test_any_case_matches_the_oracle(case, dtype, frozen, seed, backend, device):
+    check(case, dtype, frozen, seed, backend, device)
+
+
+@pytest.mark.slow
+@random_cases(60)
+def test_many_cases_match_the_oracle(case, dtype, frozen, seed, backend, device):
+    check(case, dtype, frozen, seed, backend, device)

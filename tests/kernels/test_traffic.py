@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from pelt_fast.testing.gpu_free import Trace, interpreting
 from pelt_fast.testing.gpu_free.report import compulsory_bytes, eager_bytes, launches
 
-CASE = Case("traffic", (128,), 256, 256, (Adapter(16, 0.5, 0.1),), bias=False)
+CASE = Case("traffic", (64,), 256, 256, (Adapter(16, 0.5, 0.1),), bias=False)
 
 
 @cache
