@@ -1,11 +1,16 @@
-"""Build of the C++ extension; everything else about the package stands in pyproject.toml.
+"""Build of the C++ extension and the CUDA library; everything else stands in pyproject.toml.
 
 ``PELT_FAST_BUILD`` chooses what is built:
 
 * ``auto`` (default): what the machine allows. What had to be left out is printed (``pip install
   -v`` shows it), and recorded for ``python -m pelt_fast info``.
 * ``none``: pure Python.
-* ``cpu``, ``cuda``: exactly this, or the build fails with the reason.
+* ``cpu``, ``cuda``: exactly this (``cuda`` is both), or the build fails with the reason.
+
+``csrc/cuda`` becomes a library of its own, ``pelt_fast/_cuda.so``, which ``torch.ops.load_library``
+loads. It knows torch's stable ABI alone, so nvcc and the runtime's headers are enough to build it;
+``cuda`` builds it against a torch without CUDA too, ``auto`` does not. It holds machine code for
+``TORCH_CUDA_ARCH_LIST`` ("8.0;9.0+PTX"), by default for what ``CUDA_ARCHITECTURES`` below says.
 
 Sources are found by pattern: a new ``csrc/cpu/*.cpp`` or ``csrc/cuda/*.cu`` needs no change here.
 """
@@ -42,7 +47,9 @@ CXX_FLAGS = [
     "-Wno-unknown-pragmas",
     "-Wno-maybe-uninitialized",  # gcc's own avx512fintrin.h
 ]
-NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "--threads=2", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+CUDA_ARCHITECTURES = ("80", "90", "100")  # and PTX of the last, for whatever comes after
+TORCH_FOR_CUDA = (2, 13)  # the first whose stable ABI hands out the native stream
 
 
 class Plan:
@@ -58,13 +65,13 @@ class Plan:
         for part, missing in (("cpu", missing_for_cpu), ("cuda", missing_for_cuda)):
             if mode == "none":
                 self.left_out[part] = "PELT_FAST_BUILD=none"
-            elif reason := missing():
-                self.leave_out(part, reason)
             elif mode == "cpu" and part == "cuda":
                 self.left_out[part] = "PELT_FAST_BUILD=cpu"
+            elif reason := missing(mode):
+                self.leave_out(part, reason)
             else:
                 self.built.append(part)
-        if "cpu" in self.left_out and "cuda" in self.built:  # both live in one extension
+        if "cpu" in self.left_out and "cuda" in self.built:  # it needs the same compiler
             self.leave_out("cuda", "the C++ part cannot be built")
 
     def leave_out(self, part: str, reason: str) -> None:
@@ -102,7 +109,7 @@ def sources(part: str) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in found)
 
 
-def missing_for_cpu() -> str | None:
+def missing_for_cpu(mode: str) -> str | None:
     """Why the C++ part cannot be built here, or None."""
     if not sources("cpu"):
         return "no sources under csrc/"
@@ -132,20 +139,77 @@ def missing_for_cpu() -> str | None:
     return None
 
 
-def missing_for_cuda() -> str | None:
+def missing_for_cuda(mode: str) -> str | None:
     """Why the CUDA part cannot be built here, or None; the toolkit decides, not a visible GPU."""
     if not sources("cuda"):
         return "no sources under csrc/cuda"
     try:
         import torch
-        from torch.utils.cpp_extension import CUDA_HOME
     except ImportError:
         return "no torch in the build environment"
-    if torch.version.cuda is None:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < TORCH_FOR_CUDA:
+        oldest = ".".join(map(str, TORCH_FOR_CUDA))
+        return f"torch {torch.__version__} is older than {oldest}, whose stable ABI it needs"
+    if torch.version.cuda is None and mode == "auto":
         return f"torch {torch.__version__} was built without CUDA"
-    if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
-        return "no CUDA toolkit: nvcc was not found (set CUDA_HOME)"
+    if os.name != "posix":
+        return "only POSIX compilers (gcc, clang) are supported"
+    if not (path := nvcc()):
+        home = os.environ.get("CUDA_HOME")
+        where = f"{home}/bin, where CUDA_HOME points" if home else "on PATH (set CUDA_HOME)"
+        return f"no CUDA toolkit: nvcc is not {where}"
+    probe = "#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n#include <cuda_runtime.h>\n"
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "probe.cu").write_text(probe + "int main() { return 0; }\n")
+        command = [path, "-std=c++20", "--cudart=shared", "probe.cu", "-o", "probe"]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if result.returncode:
+        lines = (result.stdout + result.stderr).strip().splitlines() or ["no message"]
+        error = next((line for line in lines if "error" in line), lines[-1])
+        return f"{path} cannot build a program with cuda_runtime.h: {error}"
     return None
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler: that of CUDA_HOME, else the one on PATH."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=str(Path(home, "bin")) if home else None)
+
+
+def architecture_flags(compiler: str) -> list[str]:
+    """What code the library holds: machine code for each architecture, PTX where it is asked for."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if asked:
+        numbers = [arch.partition("+")[0].replace(".", "") for arch in asked]
+        ptx = [n for n, arch in zip(numbers, asked, strict=True) if arch.upper().endswith("+PTX")]
+    else:
+        result = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True)
+        known = result.stdout.split()
+        numbers = [n for n in CUDA_ARCHITECTURES if f"sm_{n}" in known]
+        ptx = numbers[-1:]
+    flags = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
+    return flags + [f"-gencode=arch=compute_{n},code=compute_{n}" for n in ptx]
+
+
+def build_cuda(folder: Path) -> None:
+    """Compiles csrc/cuda to ``_cuda.so`` in the folder, unless what is there is newer than it."""
+    import torch
+
+    library = folder / "_cuda.so"
+    read = [Path(__file__), *ROOT.glob("csrc/cuda/*")]
+    if library.exists() and library.stat().st_mtime > max(p.stat().st_mtime for p in read):
+        return
+    compiler, installed = nvcc(), Path(torch.__file__).parent
+    assert compiler is not None  # missing_for_cuda found one
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [compiler, *NVCC_FLAGS, *architecture_flags(compiler)]
+    command += ["-shared", "--cudart=shared", f"-I{installed / 'include'}", f"-I{ROOT / 'csrc'}"]
+    command += [*sources("cuda"), f"-L{installed / 'lib'}", "-ltorch_cpu", "-o", str(library)]
+    print(" ".join(command), flush=True)
+    result = subprocess.run(command, cwd=ROOT)
+    if result.returncode:
+        library.unlink(missing_ok=True)
+        raise RuntimeError(f"nvcc returned {result.returncode}")
 
 
 def package_folder(command) -> Path:
@@ -168,17 +232,18 @@ build_ext_base = build_ext
 
 if plan.built:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     plan.torch_version = torch.__version__
-    with_cuda = "cuda" in plan.built
-    extension = (CUDAExtension if with_cuda else CppExtension)(
+
+if "cpu" in plan.built:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    extension = CppExtension(
         name="pelt_fast._C",
-        sources=[path for part in plan.built for path in sources(part)],
+        sources=sources("cpu"),
         include_dirs=[str(ROOT / "csrc")],
         depends=[path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.h")],
-        define_macros=[("PELT_FAST_WITH_CUDA", None)] if with_cuda else [],
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        extra_compile_args={"cxx": CXX_FLAGS},
         optional=plan.mode == "auto",
     )
     extensions.append(extension)
@@ -189,10 +254,11 @@ class BuildExt(build_ext_base):
     """Builds the extension; in auto mode one that does not compile is left out."""
 
     def run(self) -> None:
-        try:
-            super().run()
-        except Exception as error:
-            for part in list(plan.built):
+        steps = {"cpu": super().run, "cuda": lambda: build_cuda(package_folder(self))}
+        for part in list(plan.built):
+            try:
+                steps[part]()
+            except Exception as error:
                 plan.leave_out(part, f"compilation failed: {str(error).splitlines()[0]}")
         plan.report(package_folder(self))
 
