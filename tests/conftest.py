@@ -14,9 +14,10 @@ from torch import Tensor
 import pelt_fast
 from pelt_fast import functional as PF
 from pelt_fast.env import env
-from pelt_fast.testing import adapter_oracle, oracle
+from pelt_fast.testing import adapter_oracle, multi_lora_oracle, oracle
 from pelt_fast.testing.adapter_workloads import AdapterInputs
 from pelt_fast.testing.inputs import Inputs
+from pelt_fast.testing.multi_lora_workloads import MultiLoRAInputs
 
 from .interpreters import Interpreters
 
@@ -64,7 +65,8 @@ class Backend:
     def __call__(self, inputs: Inputs) -> Tensor:
         self.require(inputs)
         function = getattr(PF, inputs.operation)
-        return function(*inputs.args, **inputs.kwargs, backend=self.name)
+        y = function(*inputs.args, **inputs.kwargs, backend=self.name)
+        return multi_lora_oracle.joined(y) if isinstance(inputs, MultiLoRAInputs) else y
 
     def run(
         self, inputs: Inputs, wanted: Iterable[str] | None = None, seed: int = 0
@@ -72,6 +74,8 @@ class Backend:
         """y and the gradients by name, and the dropout mask or masks that the call drew."""
         if isinstance(inputs, AdapterInputs):
             return adapter_oracle.run_with_mask(self, inputs, wanted, seed)
+        if isinstance(inputs, MultiLoRAInputs):
+            return multi_lora_oracle.run_with_masks(self, inputs, wanted, seed)
         return oracle.run_with_masks(self, inputs, wanted, seed)
 
 

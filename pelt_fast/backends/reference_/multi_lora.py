@@ -1,4 +1,7 @@
-"""The oracle of batched multi-LoRA as a backend: row by row, with autograd. It runs only when asked for by name."""
+"""The oracle of batched multi-LoRA as a backend: row by row, with autograd. It runs only when asked for by name.
+
+Half precision is computed in fp32: autograd adds the gradients of rows one by one, in the dtype that it is given.
+"""
 
 from __future__ import annotations
 
@@ -34,21 +37,21 @@ def _compute(
     dropout_p: float,
     seed: Tensor | None,
 ) -> list[Tensor]:
-    tokens, dtype = x.shape[0], x.dtype
+    tokens, wide = x.shape[0], torch.promote_types(x.dtype, torch.float32)
     ids = plan[0][:tokens].tolist()
     found = []
     for i, (a, b, rank, scale) in enumerate(zip(lora_a, lora_b, ranks, scaling, strict=True)):
         keep = None if seed is None else philox_mask(seed, (tokens, x.shape[1]), dropout_p, i)
         found.append(
             reference.multi_lora(
-                *(x, a.to(dtype), b.to(dtype), ids),
+                *(x.to(wide), a.to(wide), b.to(wide), ids),
                 rank.clamp(0, a.shape[1]).tolist(),
                 scale.tolist(),
-                base=base[i],
-                row_scale=None if row_scale is None else row_scale.to(dtype),
+                base=None if (given := base[i]) is None else given.to(wide),
+                row_scale=None if row_scale is None else row_scale.to(wide),
                 dropout_p=dropout_p,
                 keep=keep,
-            )
+            ).to(x.dtype)
         )
     return found
 
@@ -71,17 +74,18 @@ def multi_lora_fwd(
     y = _compute(x, lora_a, lora_b, base, plan, ranks, scaling, row_scale, dropout_p, seed)
     if inplace:
         y = [b.copy_(t) for b, t in zip(base, y, strict=True) if b is not None]
+    wide = torch.promote_types(x.dtype, torch.float32)
     s = x.new_zeros((tokens, sum(a.shape[1] for a in lora_a)))
     offset = 0
     for i, a in enumerate(lora_a):
-        dropped = x
+        dropped = x.to(wide)
         if seed is not None:
             keep = philox_mask(seed, (tokens, x.shape[1]), dropout_p, i)
-            dropped = torch.where(keep, x * keep_scale(dropout_p), 0.0)
+            dropped = torch.where(keep, dropped * keep_scale(dropout_p), 0.0)
         for t, g in enumerate(plan[0][:tokens].tolist()):
             if g < a.shape[0]:
                 rank = int(ranks[i][g].clamp(0, a.shape[1]))
-                s[t, offset : offset + rank] = dropped[t] @ a[g, :rank].to(x.dtype).T
+                s[t, offset : offset + rank] = dropped[t] @ a[g, :rank].to(wide).T
         offset += a.shape[1]
     return y, s
 
