@@ -1,8 +1,8 @@
 """Fused kernels or torch: a model of both, not a measurement.
 
-Torch gathers each token's A and B (they are written and read again, T times) or loops over adapters with a handful of
-launches each; the fused kernels read what they need once. Rates are those of `lora.choice`. Rows that begin anywhere are
-loaded an element at a time, which is where torch may win.
+Torch gathers each token's A and B (they are written and read again, T times) or loops over adapters with a handful
+of launches each; the fused kernels read what they need once. Rates are those of `lora.choice`. Rows that begin
+anywhere are loaded an element at a time, which is where torch may win.
 """
 
 from __future__ import annotations

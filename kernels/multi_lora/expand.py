@@ -24,7 +24,16 @@ from torch import Tensor
 from ..common.cost import Cost, itemsize
 from ..common.tiling import cdiv, power_of_two
 from .shrink import sum_of_parts
-from .tiles import factor_of, open_tile, rank_of, starts_of, unsupported, weight_tile
+from .tiles import (
+    factor_of,
+    open_tile,
+    rank_of,
+    readable,
+    side_by_side,
+    starts_of,
+    unsupported,
+    weight_tile,
+)
 
 __all__ = ["ExpandConfig", "candidate_configs", "cost", "default_config", "unsupported"]
 
@@ -83,6 +92,7 @@ def _expand_kernel(
     strides_y,
     scale,
     STARTS: tl.constexpr,
+    SIDE_BY_SIDE: tl.constexpr,
     SPLITS: tl.constexpr,
     INPLACE: tl.constexpr,
     PER_TILE: tl.constexpr,
@@ -111,9 +121,8 @@ def _expand_kernel(
             acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
             for first in tl.range(0, end, BLOCK_R, num_stages=1):
                 lanes = first + tl.arange(0, BLOCK_R)
-                live_r = lanes < rank
                 at = tokens[:, None] * TOTAL + STARTS[i] + lanes[None, :]
-                mask = live[:, None] & live_r[None, :]
+                mask = live[:, None] & readable(lanes, rank, WIDTH)[None, :]
                 if SPLITS > 0:
                     total = sum_of_parts(partial_ptr, at, mask, count, TOTAL, SPLITS)
                     s = (total * scale).to(s_ptr.dtype.element_ty)
@@ -121,7 +130,10 @@ def _expand_kernel(
                 else:
                     s = tl.load(s_ptr + at, mask=mask, other=0.0)
                 b = weight_tile(
-                    *(weights[i], adapter, strides[i], lanes, live_r, cols, live_n), s.dtype
+                    *(weights[i], adapter, strides[i], lanes, rank, cols, live_n),
+                    WIDTH,
+                    SIDE_BY_SIDE[i],
+                    s.dtype,
                 )
                 acc = tl.dot(s, tl.trans(b), acc, input_precision=PRECISION)
             factor = factor_of(scalings[i], row_scale_ptr, adapter, tokens, live)
@@ -181,6 +193,7 @@ def launch_expand(
         tuple([t.stride(0) for t in y]),
         scale,
         STARTS=starts_of([b.shape[2] for b in lora_b]),
+        SIDE_BY_SIDE=side_by_side(weights),
         SPLITS=0 if partial is None else partial.shape[0],
         INPLACE=inplace,
         PER_TILE=per_tile,

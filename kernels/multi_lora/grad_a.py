@@ -38,7 +38,7 @@ class GradAConfig:
     block_r: int
     chunks: int
     num_warps: int = 4
-    num_stages: int = 3
+    num_stages: int = 5  # two of them for the tokens, by which rows are found
 
 
 @lru_cache(maxsize=1024)
@@ -64,7 +64,7 @@ def candidate_configs(problem: Any) -> Iterator[GradAConfig]:
     for block_t in (32, 64, 128):
         for block_k in (32, 64, 128, 256):
             for chunks in (1, 2, 4):
-                for num_stages in (2, 3, 4):
+                for num_stages in (3, 5, 7):
                     yield replace(
                         base, block_t=block_t, block_k=block_k, chunks=chunks, num_stages=num_stages
                     )
@@ -144,7 +144,7 @@ def _grad_a_kernel(
         # Rows past the rank are zeros whatever x holds: infinity times the zeros of ds would be NaN.
         da = tl.where((rank < rank_of(ranks[i], adapter, WIDTH))[:, None], acc, 0.0)
         mask = ((rank >= 0) & (rank < WIDTH))[:, None] & live_k[None, :]
-        if alone:
+        if partial_ptr is None or alone:
             slab = das[i] + adapter.to(tl.int64) * WIDTH * features
             at = rank.to(tl.int64)[:, None] * features + columns[None, :]
             tl.store(slab + at, (da * scale).to(das[i].dtype.element_ty), mask=mask)

@@ -1,8 +1,8 @@
 """Backward to every B: dB_i[g] = scaling_g · Σ dY_iᵀ (row_scale · s_i) over the tokens of adapter g.
 
-dY_i (T, N_i), s (T, ΣR), dB_i (L, N_i, R_i). A program owns BLOCK_N columns of one projection and a block of its ranks, of
-one group of an adapter's rows (`groups`), walks over those rows in order, and keeps an fp32 accumulator, which scaling
-multiplies at the end. A row scale multiplies s in fp32 before it is rounded.
+dY_i (T, N_i), s (T, ΣR), dB_i (L, N_i, R_i). A program owns BLOCK_N columns of one projection and a block of its ranks,
+of one group of an adapter's rows (`groups`), walks over those rows in order, and keeps an fp32 accumulator, which
+scaling multiplies at the end. A row scale multiplies s in fp32 before it is rounded.
 
 Parallelism: groups × blocks of columns of all projections × blocks of ranks.
 Bound: HBM; bytes = dY + dB of every adapter + s · N / BLOCK_N, and partials of adapters of several groups.
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import triton
@@ -37,7 +38,7 @@ class GradBConfig:
     block_r: int
     chunks: int
     num_warps: int = 4
-    num_stages: int = 3
+    num_stages: int = 5  # two of them for the tokens, by which rows are found
 
 
 @lru_cache(maxsize=1024)
@@ -57,7 +58,7 @@ def candidate_configs(problem: Any) -> Iterator[GradBConfig]:
     for block_t in (32, 64, 128):
         for block_n in (32, 64, 128, 256):
             for chunks in (1, 2, 4):
-                for num_stages in (2, 3, 4):
+                for num_stages in (3, 5, 7):
                     yield replace(
                         base, block_t=block_t, block_n=block_n, chunks=chunks, num_stages=num_stages
                     )
@@ -101,7 +102,8 @@ def _grad_b_kernel(
             WIDTH: tl.constexpr = STARTS[i + 1] - STARTS[i]
             cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
             live_n, live_r = cols < columns[i], lanes < WIDTH
-            acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+            # Transposed: the large operand, dY, then goes to the tensor cores as it lies in memory.
+            acc = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
             for t in range(begin, end, BLOCK_T):
                 position = t + tl.arange(0, BLOCK_T)
                 live = position < end
@@ -119,10 +121,10 @@ def _grad_b_kernel(
                 if row_scale_ptr is not None:
                     row_scale = tl.load(row_scale_ptr + tokens, mask=live, other=0.0)
                     s = (s.to(tl.float32) * row_scale.to(tl.float32)[:, None]).to(dy.dtype)
-                acc = tl.dot(tl.trans(dy), s, acc, input_precision=PRECISION)
+                acc = tl.dot(tl.trans(s), dy, acc, input_precision=PRECISION)
             # Columns past the rank are zeros whatever dY holds: infinity times the zeros of s would be NaN.
             rank = rank_of(ranks[i], adapter, WIDTH)
-            db = tl.where((lanes < rank)[None, :], acc, 0.0)
+            db = tl.where((lanes < rank)[None, :], tl.trans(acc), 0.0)
             mask = live_n[:, None] & live_r[None, :]
             at = cols.to(tl.int64)[:, None] * WIDTH + lanes[None, :]
             if alone:
@@ -156,8 +158,7 @@ def launch_grad_b(
     places = starts_of([grad[0].numel() for grad in db])
     partial = partials(s, tokens, rows, places[-1])
     parts = [
-        None if partial is None else partial[:, first:last]
-        for first, last in zip(places, places[1:], strict=False)
+        None if partial is None else partial[:, first:last] for first, last in pairwise(places)
     ]
     widest = max([grad.shape[2] for grad in db])
     _grad_b_kernel[

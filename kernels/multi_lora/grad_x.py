@@ -22,7 +22,16 @@ from torch import Tensor
 from ..common.cost import Cost, itemsize
 from ..common.dropout import keep_mask
 from ..common.tiling import cdiv, power_of_two
-from .tiles import open_tile, rank_of, starts_of, threshold_of, unsupported, weight_tile
+from .tiles import (
+    open_tile,
+    rank_of,
+    readable,
+    side_by_side,
+    starts_of,
+    threshold_of,
+    unsupported,
+    weight_tile,
+)
 
 __all__ = ["GradXConfig", "candidate_configs", "cost", "default_config", "unsupported"]
 
@@ -73,6 +82,7 @@ def _grad_x_kernel(
     scale,
     threshold,
     STARTS: tl.constexpr,
+    SIDE_BY_SIDE: tl.constexpr,
     PER_TILE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -91,18 +101,19 @@ def _grad_x_kernel(
         seed = tl.load(seed_ptr)
     dx = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     for i in tl.static_range(len(weights)):
-        rank = rank_of(ranks[i], adapter, STARTS[i + 1] - STARTS[i])
-        if seed_ptr is not None:
-            acc = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
-        else:
-            acc = dx
+        WIDTH: tl.constexpr = STARTS[i + 1] - STARTS[i]
+        rank = rank_of(ranks[i], adapter, WIDTH)
+        acc = tl.zeros([BLOCK_T, BLOCK_K], tl.float32) if seed_ptr is not None else dx
         for first in tl.range(0, rank, BLOCK_R, num_stages=1):
             lanes = first + tl.arange(0, BLOCK_R)
-            live_r = lanes < rank
             at = tokens[:, None] * TOTAL + STARTS[i] + lanes[None, :]
-            ds = tl.load(ds_ptr + at, mask=live[:, None] & live_r[None, :], other=0.0)
+            mask = live[:, None] & readable(lanes, rank, WIDTH)[None, :]
+            ds = tl.load(ds_ptr + at, mask=mask, other=0.0)
             a = weight_tile(
-                *(weights[i], adapter, strides[i], lanes, live_r, cols, live_k), ds.dtype
+                *(weights[i], adapter, strides[i], lanes, rank, cols, live_k),
+                WIDTH,
+                SIDE_BY_SIDE[i],
+                ds.dtype,
             )
             acc = tl.dot(ds, tl.trans(a), acc, input_precision=PRECISION)
         if seed_ptr is not None:
@@ -146,6 +157,7 @@ def launch_grad_x(
         scale,
         threshold_of(dropout_p),
         STARTS=starts_of([a.shape[1] for a in lora_a]),
+        SIDE_BY_SIDE=side_by_side(lora_a),
         PER_TILE=per_tile,
         BLOCK_T=config.block_t,
         BLOCK_K=config.block_k,

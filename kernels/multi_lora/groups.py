@@ -1,9 +1,9 @@
 """Sums over an adapter's tokens: groups of chunks, and the ordered sum of their fp32 partials.
 
-A group is up to ``chunks`` of the plan's chunks of one adapter, counted from the adapter's first: which rows it has, and
-in which order they are summed, depends on that adapter's tokens alone. An adapter of one group has its gradient written
-at once. Partials exist for the others: each has more tokens than a group has rows, so a group's partial has its place by
-where the group begins, and there are 2 · T / rows of them, however many adapters there are.
+A group is up to ``chunks`` of the plan's chunks of one adapter, counted from the adapter's first: which rows it has,
+and in which order they are summed, depends on that adapter's tokens alone. An adapter of one group has its gradient
+written at once. Partials exist for the others: each has more tokens than a group has rows, so a group's partial has its
+place by where the group begins, and there are 2 · T / rows of them, however many adapters there are.
 
 `launch_sums`: out[g] = factor · Σ partials of g's groups in order; zeros for adapters without a token.
 """
@@ -36,7 +36,7 @@ def partials(like: Tensor, tokens: int, rows: int, size: int) -> Tensor | None:
 
 @triton.jit
 def open_group(chunks_ptr, chunk_indptr_ptr, indptr_ptr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """This program's group: adapter, its rows' first and last position in perm (no rows: none), whether it is alone, slot."""
+    """This program's group: adapter, where its rows begin and end in perm, is it the only one, its partial's place."""
     chunk = tl.program_id(0)
     adapter, rows = tl.load(chunks_ptr + chunk * 4), tl.load(chunks_ptr + chunk * 4 + 2)
     real = (rows > 0) & (adapter >= 0)

@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,7 +30,17 @@ from ..common.cost import Cost, itemsize
 from ..common.dropout import keep_mask
 from ..common.hardware import sm_count
 from ..common.tiling import cdiv, power_of_two
-from .tiles import factor_of, open_tile, rank_of, starts_of, threshold_of, unsupported, weight_tile
+from .tiles import (
+    factor_of,
+    open_tile,
+    rank_of,
+    readable,
+    side_by_side,
+    starts_of,
+    threshold_of,
+    unsupported,
+    weight_tile,
+)
 
 __all__ = ["ShrinkConfig", "candidate_configs", "cost", "default_config", "unsupported"]
 
@@ -116,6 +125,8 @@ def _product(
     live,
     tokens,
     PROJECTION: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SIDE_BY_SIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -125,7 +136,6 @@ def _product(
 ):
     """(BLOCK_T, BLOCK_R) fp32: the blocks [first, last) of columns, in sums of STEPS of them."""
     x_rows = x_ptr + tokens[:, None] * stride_xt
-    live_r = ranks < rank
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     total = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
@@ -135,7 +145,12 @@ def _product(
         columns = k + tl.arange(0, BLOCK_K)
         live_k = columns < features
         x = tl.load(x_rows + columns[None, :], mask=live[:, None] & live_k[None, :], other=0.0)
-        weight = weight_tile(weight_ptr, adapter, strides, ranks, live_r, columns, live_k, x.dtype)
+        weight = weight_tile(
+            *(weight_ptr, adapter, strides, ranks, rank, columns, live_k),
+            WIDTH,
+            SIDE_BY_SIDE,
+            x.dtype,
+        )
         if seed_ptr is not None:
             keep = keep_mask(
                 *(seed, tokens, k, features, PROJECTION, threshold), BLOCK_T, BLOCK_K, BY_FOUR
@@ -166,6 +181,7 @@ def _shrink_kernel(
     scale,
     threshold,
     STARTS: tl.constexpr,
+    SIDE_BY_SIDE: tl.constexpr,
     PER_TILE: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -196,19 +212,21 @@ def _shrink_kernel(
             total = _product(
                 *(xs[i], weights[i], seed_ptr, features[i], strides_x[i], strides[i], threshold),
                 *(first, blocks, adapter, rank, lanes, live, tokens),
-                *(i, BLOCK_T, BLOCK_K, BLOCK_R, STEPS, BY_FOUR, PRECISION),
+                *(i, WIDTH, SIDE_BY_SIDE[i], BLOCK_T, BLOCK_K, BLOCK_R, STEPS, BY_FOUR, PRECISION),
             )
-            # Whoever sums partials reads none past the rank.
-            width = rank if SPLIT else WIDTH
             if not SPLIT:
                 total *= scale
                 if scalings is not None:
                     total *= factor_of(scalings[i], row_scale_ptr, adapter, tokens, live)[:, None]
+            # Zeros whatever x holds: infinity times the zeros of A would be NaN.
+            total = tl.where((lanes < rank)[None, :], total, 0.0)
+            # Whoever sums partials reads none that is not stored.
+            stored = readable(lanes, rank, WIDTH) if SPLIT else lanes < WIDTH
             at = (part.to(tl.int64) * count + tokens)[:, None] * TOTAL + STARTS[i] + lanes[None, :]
             tl.store(
                 out_ptr + at,
                 total.to(out_ptr.dtype.element_ty),
-                mask=live[:, None] & (lanes < width)[None, :],
+                mask=live[:, None] & stored[None, :],
             )
 
 
@@ -243,7 +261,7 @@ def _finish_kernel(
         dot = tl.zeros([BLOCK_T], tl.float32)
         for first in tl.static_range(0, WIDTH, BLOCK_R):
             lanes = first + tl.arange(0, BLOCK_R)
-            mask = live[:, None] & (lanes[None, :] < rank[:, None])
+            mask = live[:, None] & readable(lanes[None, :], rank[:, None], WIDTH)
             at = tokens[:, None] * TOTAL + STARTS[i] + lanes[None, :]
             total = sum_of_parts(partial_ptr, at, mask, count, TOTAL, SPLITS)
             if drow_ptr is not None:
@@ -312,6 +330,7 @@ def launch_shrink(
         scale,
         threshold_of(dropout_p),
         STARTS=starts,
+        SIDE_BY_SIDE=side_by_side(weights),
         PER_TILE=per_tile,
         SPLIT=split,
         BLOCK_T=config.block_t,

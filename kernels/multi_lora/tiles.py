@@ -1,4 +1,4 @@
-"""What every kernel of the family reads of a plan: tiles of rows that name one adapter, and the adapter's rank and factor.
+"""What every kernel of the family reads of a plan: tiles of rows of one adapter, and the adapter's rank and factor.
 
 A plan is made once for a batch (``MultiAdapterPlan`` of the package): `perm` (T,) has the tokens by adapter, `tiles16`
 and `tiles64` (n, 4) have rows of (adapter or -1, first position in perm, rows, 0), n from capacities alone, rows = 0
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 CHUNK_ROWS = 512
 """Rows of a chunk of a sum over an adapter's tokens; the last one of an adapter has fewer."""
@@ -63,11 +64,47 @@ def factor_of(scaling_ptr, row_scale_ptr, adapter, tokens, live):
 
 
 @triton.jit
-def weight_tile(ptr, adapter, strides, ranks, live_r, inner, live_inner, dtype: tl.constexpr):
-    """[inner, ranks] of an adapter's A or B, seen through strides of (adapter, rank, inner); 0 past its rank."""
+def readable(lanes, rank, WIDTH: tl.constexpr):
+    """Which rank columns are read: those below the rank, and as many more as make whole vectors of eight.
+
+    A mask that may end anywhere would load element by element. Whoever reads more than the rank selects it away.
+    """
+    whole = lanes < tl.cdiv(rank, 8) * 8
+    return whole if WIDTH % 8 == 0 else whole & (lanes < WIDTH)
+
+
+@triton.jit
+def weight_tile(
+    ptr,
+    adapter,
+    strides,
+    lanes,
+    rank,
+    inner,
+    live_inner,
+    WIDTH: tl.constexpr,
+    SIDE_BY_SIDE: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """[inner, lanes] of an adapter's A or B, seen through strides of (adapter, rank, inner); 0 past its rank.
+
+    SIDE_BY_SIDE: ranks are neighbours in memory, so that vectors are along them.
+    """
     slot = ptr + adapter.to(tl.int64) * strides[0]
-    at = inner.to(tl.int64)[:, None] * strides[2] + ranks.to(tl.int64)[None, :] * strides[1]
-    return tl.load(slot + at, mask=live_inner[:, None] & live_r[None, :], other=0.0).to(dtype)
+    at = inner.to(tl.int64)[:, None] * strides[2] + lanes.to(tl.int64)[None, :] * strides[1]
+    if SIDE_BY_SIDE:
+        mask = live_inner[:, None] & readable(lanes, rank, WIDTH)[None, :]
+        tile = tl.load(slot + at, mask=mask, other=0.0)
+        tile = tl.where((lanes < rank)[None, :], tile, 0.0)
+    else:
+        mask = live_inner[:, None] & (lanes < rank)[None, :]
+        tile = tl.load(slot + at, mask=mask, other=0.0)
+    return tile.to(dtype)
+
+
+def side_by_side(weights: Sequence[Tensor]) -> tuple[bool, ...]:
+    """Of each (L, R, inner) whether its ranks are neighbours in memory."""
+    return tuple([w.stride(1) == 1 and w.stride(2) != 1 for w in weights])
 
 
 def starts_of(widths: Sequence[int]) -> tuple[int, ...]:
