@@ -6,6 +6,7 @@
 #include "cpu/isa.h"
 #include "cpu/lora.h"
 #include "cpu/memory.h"
+#include "cpu/multi_lora.h"
 #include "cpu/packed.h"
 
 namespace py = pybind11;
@@ -56,6 +57,36 @@ auto bottleneck_adapter_bwd(const at::Tensor& dy, const at::Tensor& x,
                                            PELT_ADAPTER_TENSORS, PELT_ADAPTER_SETTINGS, needs);
 }
 
+// What both directions of batched multi-LoRA take.
+#define PELT_MULTI_ARGUMENTS                                                                 \
+  const std::vector<at::Tensor>&lora_a, const std::vector<at::Tensor>&lora_b,                \
+      const at::Tensor &perm, const at::Tensor &indptr, const std::vector<at::Tensor>&ranks, \
+      const std::vector<at::Tensor>&scaling, const pelt_fast::OptionalTensor &row_scale,     \
+      double dropout_p, const pelt_fast::OptionalTensor &seed
+#define PELT_MULTI_CALL {lora_a, lora_b, perm, indptr, ranks, scaling, row_scale, dropout_p, seed}
+
+py::tuple multi_lora_fwd(const at::Tensor& x, const std::vector<pelt_fast::OptionalTensor>& base,
+                         PELT_MULTI_ARGUMENTS, bool inplace) {
+  pelt_fast::MultiLoRAOutput out;
+  {
+    py::gil_scoped_release release;
+    out = pelt_fast::multi_lora_fwd(x, base, PELT_MULTI_CALL, inplace);
+  }
+  return py::make_tuple(out.y, out.s);
+}
+
+py::tuple multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::Tensor& x,
+                         const at::Tensor& s, PELT_MULTI_ARGUMENTS, bool need_dx, bool need_da,
+                         bool need_db, bool need_drow_scale) {
+  pelt_fast::MultiLoRAGradients g;
+  {
+    py::gil_scoped_release release;
+    g = pelt_fast::multi_lora_bwd(dy, x, s, PELT_MULTI_CALL, need_dx, need_da, need_db,
+                                  need_drow_scale);
+  }
+  return py::make_tuple(g.dx, g.da, g.db, g.drow_scale);
+}
+
 } // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -63,6 +94,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "C++ kernels of pelt_fast";
   m.def("lora_linear_fwd", &pelt_fast::lora_linear_fwd, release());
   m.def("lora_linear_bwd", &lora_linear_bwd);
+  m.def("multi_lora_fwd", &multi_lora_fwd);
+  m.def("multi_lora_bwd", &multi_lora_bwd);
   m.def("bottleneck_adapter_fwd", &bottleneck_adapter_fwd, release());
   m.def("bottleneck_adapter_bwd", &bottleneck_adapter_bwd, release());
   m.def(

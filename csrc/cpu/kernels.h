@@ -25,6 +25,14 @@ struct Kernels {
   void (*gemm_wide)(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b,
                     int64_t ldb, A* c, int64_t ldc, bool accumulate);
 
+  // c (m, n) = or += a (m, k) · b (n, k)ᵀ, all in A, row-major, any sizes.
+  void (*dots)(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb,
+               A* c, int64_t ldc, bool accumulate);
+
+  // out (columns, rows) = in (rows, columns)ᵀ
+  void (*transpose)(int64_t rows, int64_t columns, const A* in, int64_t ld_in, A* out,
+                    int64_t ld_out);
+
   // out[0:n] = x[0:n] in A; then zeros up to n_padded. With words: zero wherever words[i] <
   // threshold.
   void (*widen)(int64_t n, int64_t n_padded, const T* x, const uint32_t* words, uint32_t threshold,

@@ -238,6 +238,68 @@ void gemm(int64_t m, int64_t n, int64_t k, const Acc<T>* a, int64_t lda, const T
   if (n > 0) runs<T, 1, narrow_rows>(m, k, a, lda, b, ldb, c, ldc, accumulate);
 }
 
+// MR rows of a times NR rows of b, over k: both lie along k. The lanes of a sum are added at the
+// end.
+template <class A, int MR, int NR>
+PELT_INLINE void micro_dots(int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb, A* c,
+                            int64_t ldc, bool accumulate) {
+  using V = typename Vec<A>::type;
+  constexpr int N = Vec<A>::N;
+  V acc[MR][NR];
+#pragma GCC unroll 4
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < NR; ++j) acc[i][j] = V{};
+  int64_t p = 0;
+  for (; p + N <= k; p += N) {
+    V row[NR];
+#pragma GCC unroll 4
+    for (int j = 0; j < NR; ++j) row[j] = load<V>(b + j * ldb + p);
+#pragma GCC unroll 4
+    for (int i = 0; i < MR; ++i) {
+      const V value = load<V>(a + i * lda + p);
+#pragma GCC unroll 4
+      for (int j = 0; j < NR; ++j) acc[i][j] += value * row[j];
+    }
+  }
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < NR; ++j) {
+      A sum = accumulate ? c[i * ldc + j] : A(0), lanes[N];
+      store(lanes, acc[i][j]);
+      for (int64_t q = p; q < k; ++q) lanes[q - p] += a[i * lda + q] * b[j * ldb + q];
+#pragma GCC unroll 8
+      for (int half = N / 2; half; half /= 2)
+        for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+      c[i * ldc + j] = sum + lanes[0];
+    }
+}
+
+template <class A>
+void dots(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb, A* c,
+          int64_t ldc, bool accumulate) {
+  for (; n >= 4; n -= 4, b += 4 * ldb, c += 4) {
+    int64_t i = 0;
+    for (; i + 2 <= m; i += 2)
+      micro_dots<A, 2, 4>(k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, accumulate);
+    if (i < m) micro_dots<A, 1, 4>(k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, accumulate);
+  }
+  for (; n > 0; --n, b += ldb, ++c)
+    for (int64_t i = 0; i < m; ++i)
+      micro_dots<A, 1, 1>(k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, accumulate);
+}
+
+// out (columns, rows) = in (rows, columns)ᵀ, in squares that stay in level 1
+template <class A>
+void transpose(int64_t rows, int64_t columns, const A* in, int64_t ld_in, A* out, int64_t ld_out) {
+  constexpr int64_t S = 16;
+  for (int64_t i0 = 0; i0 < rows; i0 += S)
+    for (int64_t j0 = 0; j0 < columns; j0 += S) {
+      const int64_t i1 = i0 + S < rows ? i0 + S : rows, j1 = j0 + S < columns ? j0 + S : columns;
+      for (int64_t j = j0; j < j1; ++j)
+        for (int64_t i = i0; i < i1; ++i) out[j * ld_out + i] = in[i * ld_in + j];
+    }
+}
+
 // ---- elementwise ----
 
 PELT_INLINE VU keep_mask(const uint32_t* words, uint32_t threshold) {
@@ -376,8 +438,9 @@ void philox(uint64_t seed, uint32_t stream, uint64_t first, int64_t n, uint32_t*
 
 template <class T>
 constexpr Kernels<T> table(const char* name) {
-  return {name,      Vec<Acc<T>>::N,     gemm<T>, gemm<Acc<T>>,  widen<T>, drop<T>, interleave<T>,
-          narrow<T>, add_masked<Acc<T>>, philox,  row_table<T>()};
+  using A = Acc<T>;
+  return {name,    Vec<A>::N,     gemm<T>,   gemm<A>,       dots<A>, transpose<A>,  widen<T>,
+          drop<T>, interleave<T>, narrow<T>, add_masked<A>, philox,  row_table<T>()};
 }
 
 } // namespace

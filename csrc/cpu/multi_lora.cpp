@@ -1,0 +1,512 @@
+// Batched multi-LoRA: y_t = base_t + c_t · (s_t B_gᵀ), s_t = drop(x_t) A_gᵀ, c_t = scaling_g ·
+// row_scale_t, g the adapter of row t, and its gradients.
+//
+// Rows come by adapter, through the plan's permutation, in tiles that never hold two adapters. How
+// a product is made depends on the adapter's own number of rows and on the shapes, on nothing else
+// in the batch, and a sum over an adapter's rows runs in their order in one thread: so its results
+// have the same bits alone and in any batch, with any number of threads.
+#include "multi_lora.h"
+
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <algorithm>
+
+#include "blocks.h"
+#include "engine.h"
+#include "memory.h"
+
+namespace pelt_fast {
+namespace {
+
+// A stack of matrices has as many elements of a block in level 2 as this.
+constexpr int64_t kBlock = 32768, kColumns = 512, kChunk = 64;
+// With fewer rows than this, turning a block of B costs more than sums across lanes.
+constexpr int64_t kFewRows = 16;
+
+// One matrix (rows, columns) of T or of the accumulator's type, any strides.
+struct Matrix {
+  const char* data;
+  bool wide;
+  int64_t row, column; // strides
+
+  Matrix t() const { return {data, wide, column, row}; }
+};
+
+template <class T>
+struct Stack {
+  using A = Acc<T>;
+  explicit Stack(const at::Tensor& t)
+      : data(static_cast<const char*>(t.const_data_ptr())),
+        wide(t.scalar_type() == at::CppTypeToScalarType<A>::value),
+        each(t.stride(0) * t.itemsize()),
+        row(t.stride(1)),
+        column(t.stride(2)) {}
+  Matrix operator[](int64_t g) const { return {data + g * each, wide, row, column}; }
+
+  const char* data;
+  bool wide;
+  int64_t each, row, column;
+};
+
+struct Segment {
+  int64_t adapter, begin, rows; // positions in the permutation; adapter -1: none
+};
+
+template <class T>
+struct Work {
+  using A = Acc<T>;
+  const Kernels<T>& kernels;
+  Scratch& line;
+
+  // out (rows, columns) = block of m that begins at (i0, j0), each row then zeros up to padded
+  void load(const Matrix& m, int64_t i0, int64_t rows, int64_t j0, int64_t columns, int64_t padded,
+            A* out, int64_t ld) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      A* to = out + i * ld;
+      const int64_t first = (i0 + i) * m.row + j0 * m.column;
+      if (m.wide) {
+        const A* from = reinterpret_cast<const A*>(m.data) + first;
+        for (int64_t j = 0; j < columns; ++j) to[j] = from[j * m.column];
+        std::fill(to + columns, to + padded, A(0));
+      } else {
+        const T* from = reinterpret_cast<const T*>(m.data) + first;
+        if (m.column != 1) {
+          T* dense = line.template get<T>(columns);
+          for (int64_t j = 0; j < columns; ++j) dense[j] = from[j * m.column];
+          from = dense;
+        }
+        kernels.widen(columns, padded, from, nullptr, 0, to);
+      }
+    }
+  }
+
+  // The block as it lies in memory where that serves, else a copy in A.
+  const A* rows_of(const Matrix& m, int64_t i0, int64_t rows, int64_t j0, int64_t columns,
+                   int64_t padded, Scratch& scratch, int64_t& ld) const {
+    if (m.wide && m.column == 1 && padded == columns) {
+      ld = m.row;
+      return reinterpret_cast<const A*>(m.data) + i0 * m.row + j0;
+    }
+    ld = padded;
+    A* out = scratch.template get<A>(rows * padded);
+    load(m, i0, rows, j0, columns, padded, out, ld);
+    return out;
+  }
+
+  // c (rows, n padded to lanes) = or += a (rows, k) · block (k, n) of b that begins at (k0, n0).
+  // few: the segment has few rows.
+  void product(int64_t rows, int64_t n, int64_t k, const A* a, int64_t lda, const Matrix& b,
+               int64_t k0, int64_t n0, bool few, A* c, int64_t ldc, bool accumulate) const {
+    Workspace& w = workspace();
+    const int64_t padded = round_up(n, kernels.lanes);
+    int64_t ld;
+    if (b.column != 1 && b.row == 1) { // along k
+      const A* bt = rows_of(b.t(), n0, n, k0, k, k, w.right, ld);
+      // long sums lie along their lanes; short ones only where turning the block does not pay
+      if (few || k >= 8 * kernels.lanes)
+        return kernels.dots(rows, n, k, a, lda, bt, ld, c, ldc, accumulate);
+      A* turned = w.delta.template get<A>(k * padded);
+      if (padded > n)
+        for (int64_t p = 0; p < k; ++p)
+          std::fill(turned + p * padded + n, turned + (p + 1) * padded, A(0));
+      kernels.transpose(n, k, bt, ld, turned, padded);
+      return kernels.gemm_wide(rows, padded, k, a, lda, turned, padded, c, ldc, accumulate);
+    }
+    const A* block = rows_of(b, k0, k, n0, n, padded, w.right, ld);
+    kernels.gemm_wide(rows, padded, k, a, lda, block, ld, c, ldc, accumulate);
+  }
+};
+
+template <class T>
+struct Call {
+  using A = Acc<T>;
+  const MultiLoRA& call;
+  const Kernels<T>& kernels;
+  int64_t adapters, total = 0, padded = 0; // ΣR, and with each padded to lanes
+  std::vector<Stack<T>> a, b;
+  std::vector<int64_t> most, offset, padded_offset; // R of a projection, its first column
+  std::vector<Mask> masks;
+  A keep = 1;
+  const int32_t* perm;
+  const A* row_scale;
+  std::vector<Segment> segments;
+
+  Call(const MultiLoRA& call, const Kernels<T>& kernels, int64_t tokens, int64_t features)
+      : call(call),
+        kernels(kernels),
+        adapters(call.lora_a[0].size(0)),
+        perm(call.perm.const_data_ptr<int32_t>()),
+        row_scale(call.row_scale ? data<A>(*call.row_scale) : nullptr) {
+    for (size_t i = 0; i < call.lora_a.size(); ++i) {
+      a.emplace_back(call.lora_a[i]);
+      b.emplace_back(call.lora_b[i]);
+      most.push_back(call.lora_a[i].size(1));
+      offset.push_back(total);
+      padded_offset.push_back(padded);
+      total += most.back();
+      padded += round_up(most.back(), kernels.lanes);
+      masks.push_back(make_mask(call.dropout_p, call.seed, i, features));
+    }
+    keep = A(keep_scale(masks[0], call.dropout_p));
+    const int32_t* indptr = call.indptr.const_data_ptr<int32_t>();
+    for (int64_t g = 0; g <= adapters; ++g)
+      if (indptr[g] < indptr[g + 1])
+        segments.push_back({g < adapters ? g : -1, indptr[g], int64_t(indptr[g + 1]) - indptr[g]});
+    for (const Segment& s :
+         segments) // a plan that was written over must not lead out of the tensors
+      TORCH_CHECK_VALUE(s.begin >= 0 && s.begin + s.rows <= tokens, "plan holds rows that x lacks");
+    for (int64_t t = 0; t < tokens; ++t)
+      TORCH_CHECK_VALUE(perm[t] >= 0 && perm[t] < tokens, "plan holds rows that x lacks");
+  }
+
+  int64_t n() const { return int64_t(a.size()); }
+  int64_t rank(int64_t i, int64_t g) const {
+    return std::clamp<int64_t>(call.ranks[i].const_data_ptr<int32_t>()[g], 0, most[i]);
+  }
+  A scaling(int64_t i, int64_t g) const { return data<A>(call.scaling[i])[g]; }
+  A factor(int64_t i, int64_t g, int64_t t) const {
+    return row_scale ? scaling(i, g) * row_scale[t] : scaling(i, g);
+  }
+
+  // body(segment, first position, rows, few), tiles in any order and thread
+  template <class Body>
+  void tiles(int64_t tokens, int64_t products, const Body& body) const {
+    const int64_t threads = products < Plan::kAlone ? 1 : at::get_num_threads();
+    const int64_t size =
+        std::clamp<int64_t>(round_up((tokens + 2 * threads - 1) / (2 * threads), 8), 8, kChunk);
+    std::vector<Segment> tiles;
+    std::vector<bool> few;
+    for (const Segment& s : segments)
+      for (int64_t r = 0; r < s.rows; r += size) {
+        tiles.push_back({s.adapter, s.begin + r, std::min(size, s.rows - r)});
+        few.push_back(s.rows < kFewRows);
+      }
+    at::parallel_for(0, int64_t(tiles.size()), threads == 1 ? int64_t(tiles.size()) : 1,
+                     [&](int64_t from, int64_t to) {
+                       for (int64_t i = from; i < to; ++i) body(tiles[i], few[i]);
+                     });
+  }
+
+  // Tasks (segment, projection, columns) of a sum over rows, with about as much work each.
+  template <class Body>
+  void sums(const std::vector<int64_t>& widths, const Body& body) const {
+    struct Task {
+      const Segment* segment;
+      int64_t projection, begin, columns;
+    };
+    std::vector<Task> tasks;
+    constexpr int64_t width = 256;
+    for (const Segment& s : segments)
+      for (int64_t i = 0; s.adapter >= 0 && i < n(); ++i)
+        for (int64_t c = 0; rank(i, s.adapter) > 0 && c < widths[i]; c += width)
+          tasks.push_back({&s, i, c, std::min(width, widths[i] - c)});
+    at::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i)
+        body(*tasks[i].segment, tasks[i].projection, tasks[i].begin, tasks[i].columns);
+    });
+  }
+
+  // Columns [k0, k0 + kc) of the tile's rows of x in A, through projection i's mask (i < 0: none).
+  A* rows_in(const Segment& tile, const T* x, int64_t stride, int64_t k0, int64_t kc,
+             int64_t padded, int64_t i, Scratch& scratch) const {
+    A* out = scratch.template get<A>(tile.rows * padded);
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const int64_t t = perm[tile.begin + r];
+      const uint32_t* words =
+          i < 0 || !masks[i] ? nullptr : masks[i].words(kernels, t, k0, kc, workspace().random);
+      kernels.widen(kc, padded, x + t * stride + k0, words, words ? masks[i].threshold : 0,
+                    out + r * padded);
+    }
+    return out;
+  }
+
+  // (rank, rows), the tile's rows of s or ds turned: element (j, r) times factor(r)
+  template <class Factor>
+  A* turned(const Segment& tile, const T* s, int64_t column, int64_t rank, const Factor& factor,
+            Scratch& scratch) const {
+    A* out = scratch.template get<A>(rank * tile.rows);
+    A* row = workspace().left.template get<A>(rank);
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const int64_t t = perm[tile.begin + r];
+      kernels.widen(rank, rank, s + t * total + column, nullptr, 0, row);
+      const A f = factor(t);
+      for (int64_t j = 0; j < rank; ++j) out[j * tile.rows + r] = row[j] * f;
+    }
+    return out;
+  }
+};
+
+void check(const at::Tensor& x, const MultiLoRA& call) {
+  check_memory("x", x);
+  check_memory_of_all("lora_a", call.lora_a);
+  check_memory_of_all("lora_b", call.lora_b);
+  check_memory("plan", call.perm);
+  check_memory("plan", call.indptr);
+  check_memory_of_all("ranks", call.ranks);
+  check_memory_of_all("scaling", call.scaling);
+  check_memory("row_scale", call.row_scale);
+}
+
+// Elements of a sum's piece of a stack: a block of it stays in level 2.
+int64_t block_of(int64_t rank) {
+  return std::clamp<int64_t>(kBlock / rank / 64 * 64, 128, 1024);
+}
+
+// In the strides of the parameter where its last two dimensions are dense in them.
+at::Tensor zeros_as(const at::Tensor& stack) {
+  at::Tensor out = at::zeros_like(stack);
+  if (out.stride(1) != 1 && out.stride(2) != 1) out = at::zeros(stack.sizes(), stack.options());
+  return out;
+}
+
+} // namespace
+
+MultiLoRAOutput multi_lora_fwd(const at::Tensor& x, const std::vector<OptionalTensor>& base,
+                               const MultiLoRA& arguments, bool inplace) {
+  check(x, arguments);
+  for (const auto& b : base) check_memory("base_out", b);
+  MultiLoRAOutput out;
+  const int64_t tokens = x.size(0), features = x.size(1), stride = x.stride(0);
+  with_engine(x.scalar_type(), [&](const auto& engine) {
+    using T = typename std::decay_t<decltype(engine)>::T;
+    using A = Acc<T>;
+    const Kernels<T>& kernels = engine.kernels;
+    const Call<T> call(arguments, kernels, tokens, features);
+    std::vector<T*> to;
+    std::vector<int64_t> width, to_stride;
+    int64_t products = 0;
+    for (int64_t i = 0; i < call.n(); ++i) {
+      width.push_back(arguments.lora_b[i].size(1));
+      out.y.push_back(inplace ? *base[i] : empty_rows(tokens, width[i], x.options()));
+      to.push_back(static_cast<T*>(out.y[i].mutable_data_ptr()));
+      to_stride.push_back(out.y[i].stride(0));
+      products += tokens * call.most[i] * (features + width[i]);
+    }
+    out.s = at::empty({tokens, call.total}, x.options());
+    const T* from = data<T>(x);
+    T* s = static_cast<T*>(out.s.mutable_data_ptr());
+
+    call.tiles(tokens, products, [&](const Segment& tile, bool few) {
+      Workspace& w = workspace();
+      const Work<T> work{kernels, w.random};
+      const int64_t g = tile.adapter, m = tile.rows;
+      for (int64_t i = 0; i < call.n(); ++i) {
+        const int64_t r = g < 0 ? 0 : call.rank(i, g),
+                      padded = round_up(std::max<int64_t>(r, 1), kernels.lanes);
+        A* sums = w.shrunk.template get<A>(m * padded);
+        const Matrix a = call.a[i][std::max<int64_t>(g, 0)], b = call.b[i][std::max<int64_t>(g, 0)];
+        const int64_t step = r ? block_of(r) : features;
+        for (int64_t k0 = 0; r && k0 < features; k0 += step) {
+          const int64_t kc = std::min(step, features - k0);
+          const A* left = call.rows_in(tile, from, stride, k0, kc, kc, i, w.left);
+          work.product(m, r, kc, left, kc, a.t(), k0, 0, few, sums, padded, k0 > 0);
+        }
+        for (int64_t row = 0; row < m; ++row) {
+          const int64_t t = call.perm[tile.begin + row];
+          T* rounded = s + t * call.total + call.offset[i];
+          std::fill_n(rounded, call.most[i], T{});
+          if (!r) continue;
+          A* sum = sums + row * padded;
+          for (int64_t j = 0; j < r; ++j) sum[j] *= call.keep;
+          kernels.narrow(r, sum, nullptr, rounded);
+          kernels.widen(r, r, rounded, nullptr, 0, sum);
+          const A factor = call.factor(i, g, t);
+          for (int64_t j = 0; j < r; ++j) sum[j] *= factor;
+        }
+        if (!r && inplace) continue;
+        for (int64_t n0 = 0; n0 < width[i]; n0 += kColumns) {
+          const int64_t nc = std::min(kColumns, width[i] - n0), ld = round_up(nc, kernels.lanes);
+          A* c = w.product.template get<A>(m * ld);
+          for (int64_t row = 0; row < m; ++row) {
+            const int64_t t = call.perm[tile.begin + row];
+            if (base[i])
+              kernels.widen(nc, ld, data<T>(*base[i]) + t * base[i]->stride(0) + n0, nullptr, 0,
+                            c + row * ld);
+            else
+              std::fill_n(c + row * ld, ld, A(0));
+          }
+          if (r) work.product(m, nc, r, sums, padded, b.t(), 0, n0, few, c, ld, true);
+          for (int64_t row = 0; row < m; ++row)
+            kernels.narrow(nc, c + row * ld, nullptr,
+                           to[i] + call.perm[tile.begin + row] * to_stride[i] + n0);
+        }
+      }
+    });
+  });
+  return out;
+}
+
+MultiLoRAGradients multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::Tensor& x,
+                                  const at::Tensor& s, const MultiLoRA& arguments, bool need_dx,
+                                  bool need_da, bool need_db, bool need_drow_scale) {
+  check(x, arguments);
+  check_memory_of_all("dy", dy);
+  check_memory("s", s);
+  MultiLoRAGradients out;
+  const int64_t tokens = x.size(0), features = x.size(1);
+  with_engine(x.scalar_type(), [&](const auto& engine) {
+    using T = typename std::decay_t<decltype(engine)>::T;
+    using A = Acc<T>;
+    const Kernels<T>& kernels = engine.kernels;
+    const Call<T> call(arguments, kernels, tokens, features);
+    std::vector<int64_t> width;
+    int64_t products = 0;
+    for (int64_t i = 0; i < call.n(); ++i) {
+      width.push_back(arguments.lora_b[i].size(1));
+      products += tokens * call.most[i] * (features + width[i]);
+    }
+    if (need_dx) out.dx = empty_rows(tokens, features, x.options());
+    if (need_drow_scale)
+      out.drow_scale = at::zeros({tokens}, x.options().dtype(at::CppTypeToScalarType<A>::value));
+    const at::Tensor ds = at::empty({tokens, call.total}, x.options());
+    const at::Tensor saved = s.contiguous();
+    T* shrunk = static_cast<T*>(ds.mutable_data_ptr());
+    const T* forward = data<T>(saved);
+    T* dx = need_dx ? static_cast<T*>(out.dx->mutable_data_ptr()) : nullptr;
+    A* drow_scale = need_drow_scale ? static_cast<A*>(out.drow_scale->mutable_data_ptr()) : nullptr;
+
+    if (need_dx || need_da || need_drow_scale) {
+      call.tiles(tokens, products, [&](const Segment& tile, bool few) {
+        Workspace& w = workspace();
+        const Work<T> work{kernels, w.random};
+        const int64_t g = tile.adapter, m = tile.rows;
+        A* sums = w.shrunk.template get<A>(m * call.padded);
+        std::vector<A*> of(call.n()); // null where the rank is 0
+        for (int64_t i = 0; i < call.n(); ++i) {
+          const int64_t r = g < 0 ? 0 : call.rank(i, g);
+          if (!r) continue;
+          const int64_t padded = round_up(r, kernels.lanes);
+          of[i] = sums + m * call.padded_offset[i];
+          const int64_t step = block_of(r);
+          for (int64_t n0 = 0; n0 < width[i]; n0 += step) {
+            const int64_t nc = std::min(step, width[i] - n0);
+            const A* left =
+                call.rows_in(tile, data<T>(dy[i]), dy[i].stride(0), n0, nc, nc, -1, w.left);
+            work.product(m, r, nc, left, nc, call.b[i][g], n0, 0, few, of[i], padded, n0 > 0);
+          }
+          for (int64_t row = 0; row < m; ++row) {
+            const int64_t t = call.perm[tile.begin + row];
+            A* sum = of[i] + row * padded;
+            T* rounded = shrunk + t * call.total + call.offset[i];
+            if (drow_scale) {
+              A* s_row = w.masked.template get<A>(r);
+              kernels.widen(r, r, forward + t * call.total + call.offset[i], nullptr, 0, s_row);
+              A total = 0;
+              for (int64_t j = 0; j < r; ++j) total += s_row[j] * sum[j];
+              drow_scale[t] += call.scaling(i, g) * total;
+            }
+            const A factor = call.factor(i, g, t);
+            for (int64_t j = 0; j < r; ++j) sum[j] *= factor;
+            kernels.narrow(r, sum, nullptr, rounded);
+            kernels.widen(r, r, rounded, nullptr, 0, sum);
+          }
+        }
+        for (int64_t k0 = 0; dx && k0 < features; k0 += kColumns) {
+          const int64_t kc = std::min(kColumns, features - k0), width = round_up(kc, kernels.lanes);
+          A* c = w.product.template get<A>(m * width);
+          std::fill_n(c, m * width, A(0));
+          for (int64_t i = 0; i < call.n(); ++i) {
+            if (!of[i]) continue;
+            const int64_t r = call.rank(i, g), padded = round_up(r, kernels.lanes);
+            const Matrix a = call.a[i][g];
+            if (!call.masks[i]) {
+              work.product(m, kc, r, of[i], padded, a, 0, k0, few, c, width, true);
+              continue;
+            }
+            A* delta = w.masked.template get<A>(m * width);
+            work.product(m, kc, r, of[i], padded, a, 0, k0, few, delta, width, false);
+            for (int64_t row = 0; row < m; ++row)
+              kernels.add_masked(
+                  kc, delta + row * width, call.keep,
+                  call.masks[i].words(kernels, call.perm[tile.begin + row], k0, kc, w.random),
+                  call.masks[i].threshold, c + row * width);
+          }
+          for (int64_t row = 0; row < m; ++row)
+            kernels.narrow(kc, c + row * width, nullptr,
+                           dx + call.perm[tile.begin + row] * features + k0);
+        }
+      });
+    }
+
+    // p (rows, rank)ᵀ · rows (rows, columns) over the segment's rows in order
+    auto sum_rows = [&](const Segment& segment, int64_t rank, int64_t columns, const auto& left,
+                        const auto& right) {
+      const int64_t ld = round_up(columns, kernels.lanes);
+      A* c = workspace().product.template get<A>(rank * ld);
+      for (int64_t r = 0; r < segment.rows; r += kChunk) {
+        const Segment chunk{segment.adapter, segment.begin + r, std::min(kChunk, segment.rows - r)};
+        const A* rows = right(chunk, ld);
+        kernels.gemm_wide(rank, ld, chunk.rows, left(chunk), chunk.rows, rows, ld, c, ld, r > 0);
+      }
+      return c;
+    };
+    // columns [first, first + columns) of a slot's gradient, the sum c (rank, columns): element
+    // (j, column) lies at j · along_rank + column · along_columns, and one of these is 1
+    auto write = [&](const at::Tensor& to, int64_t g, int64_t along_rank, int64_t along_columns,
+                     int64_t rank, int64_t columns, int64_t first, const A* c) {
+      int64_t rows = rank, length = columns, ld = round_up(columns, kernels.lanes),
+              stride = along_rank;
+      if (along_columns != 1) {
+        A* other = workspace().delta.template get<A>(columns * rank);
+        kernels.transpose(rank, columns, c, ld, other, rank);
+        c = other;
+        rows = columns, length = rank, ld = rank, stride = along_columns;
+      }
+      const int64_t start = g * to.stride(0) + first * along_columns;
+      const bool wide = to.scalar_type() == at::CppTypeToScalarType<A>::value;
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t at = start + i * stride;
+        if (wide)
+          std::copy_n(c + i * ld, length, static_cast<A*>(to.mutable_data_ptr()) + at);
+        else
+          kernels.narrow(length, c + i * ld, nullptr, static_cast<T*>(to.mutable_data_ptr()) + at);
+      }
+    };
+    if (need_da) {
+      for (const auto& a : arguments.lora_a) out.da.push_back(zeros_as(a));
+      call.sums(std::vector<int64_t>(call.n(), features), [&](const Segment& segment, int64_t i,
+                                                              int64_t first, int64_t columns) {
+        Workspace& w = workspace();
+        const int64_t r = call.rank(i, segment.adapter);
+        A* c = sum_rows(
+            segment, r, columns,
+            [&](const Segment& chunk) {
+              return call.turned(
+                  chunk, shrunk, call.offset[i], r, [&](int64_t) { return call.keep; },
+                  w.transposed);
+            },
+            [&](const Segment& chunk, int64_t ld) {
+              return call.rows_in(chunk, data<T>(x), x.stride(0), first, columns, ld, i, w.right);
+            });
+        write(out.da[i], segment.adapter, out.da[i].stride(1), out.da[i].stride(2), r, columns,
+              first, c);
+      });
+    }
+    if (need_db) {
+      for (const auto& b : arguments.lora_b) out.db.push_back(zeros_as(b));
+      call.sums(width, [&](const Segment& segment, int64_t i, int64_t first, int64_t columns) {
+        Workspace& w = workspace();
+        const int64_t g = segment.adapter, r = call.rank(i, g);
+        A* c = sum_rows(
+            segment, r, columns,
+            [&](const Segment& chunk) {
+              return call.turned(
+                  chunk, forward, call.offset[i], r,
+                  [&](int64_t t) { return call.factor(i, g, t); }, w.transposed);
+            },
+            [&](const Segment& chunk, int64_t ld) {
+              return call.rows_in(chunk, data<T>(dy[i]), dy[i].stride(0), first, columns, ld, -1,
+                                  w.right);
+            });
+        write(out.db[i], g, out.db[i].stride(2), out.db[i].stride(1), r, columns, first, c);
+      });
+    }
+  });
+  return out;
+}
+
+} // namespace pelt_fast
