@@ -7,7 +7,7 @@ from typing import Any
 from . import functional, nn
 from .dispatch import BackendUnavailable, use_backend
 from .functional import explain
-from .segments import MultiAdapterPlan
+from .segments import MultiAdapterPlan, use_plan
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "nn",
     "restore",
     "use_backend",
+    "use_plan",
 ]
 
 

@@ -6,6 +6,9 @@ grid never depends on the ids, nothing is synchronised, and ``update_`` under a 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor
 TILES = (16, 64, 512)
 """Rows of a tile in decode, of a tile in prefill and training, and of a chunk of a sum over rows."""
 _INT32_MAX = 2**31 - 1
+_current: ContextVar[MultiAdapterPlan | None] = ContextVar("pelt_fast_plan", default=None)
 
 
 class MultiAdapterPlan:
@@ -138,6 +142,28 @@ class MultiAdapterPlan:
         with torch.no_grad():
             self._buffer.copy_(built, non_blocking=True)
         self.tokens = len(ids)
+
+
+@contextmanager
+def use_plan(plan: MultiAdapterPlan | None) -> Iterator[None]:
+    """Within the block, in this thread, multi-adapter layers that are given no plan go by this one; None: by none.
+
+    Activation checkpointing runs a forward again in the backward: the backward belongs into the block too. On a GPU
+    it runs in a thread of its own, which no block reaches: give the layers the plan as an argument there, and in a
+    ``torch.compile`` of a full graph, which cannot read a block's.
+    """
+    if plan is not None and not isinstance(plan, MultiAdapterPlan):
+        raise TypeError(f"plan is a {type(plan).__name__}; expected a pelt_fast.MultiAdapterPlan")
+    token = _current.set(plan)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current_plan() -> MultiAdapterPlan | None:
+    """The plan of the surrounding ``use_plan``, or None."""
+    return _current.get()
 
 
 def _sizes(capacity: int, adapters: int) -> list[int]:

@@ -2,5 +2,6 @@
 
 from .adapter import BottleneckAdapter
 from .lora import LoRALinear
+from .multi_lora import MultiLoRALinear
 
-__all__ = ["BottleneckAdapter", "LoRALinear"]
+__all__ = ["BottleneckAdapter", "LoRALinear", "MultiLoRALinear"]
