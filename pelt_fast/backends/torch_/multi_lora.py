@@ -62,6 +62,11 @@ def _times(rows: Tensor, row_scale: Tensor | None, tokens: Tensor) -> Tensor:
     return (rows.to(wide) * row_scale[tokens].to(wide)[:, None]).to(rows.dtype)
 
 
+def _scaled_in(dtype: torch.dtype, row_scale: Tensor | None) -> torch.dtype:
+    """The dtype of what a row scale multiplies: fp16 would overflow where the result does not."""
+    return torch.float32 if dtype == torch.float16 and row_scale is not None else dtype
+
+
 def multi_lora_fwd(
     x: Tensor,
     lora_a: Sequence[Tensor],
@@ -77,7 +82,7 @@ def multi_lora_fwd(
 ) -> tuple[list[Tensor], Tensor]:
     """x (T, in) -> y[i] (T, out_i) and s (T, ΣR), the shrink before its scaling."""
     n, dtype, tokens = len(lora_a), x.dtype, x.shape[0]
-    most = [a.shape[1] for a in lora_a]
+    most, kind = [a.shape[1] for a in lora_a], _scaled_in(dtype, row_scale)
     keep, factor = _masks(x, dropout_p, seed, n)
     y = []
     for b, given in zip(lora_b, base, strict=True):
@@ -92,11 +97,11 @@ def multi_lora_fwd(
         for i in range(n):
             if rank[i]:
                 a = lora_a[i][g, : rank[i]].to(dtype)
-                b = lora_b[i][g, :, : rank[i]].to(dtype)
+                b = lora_b[i][g, :, : rank[i]].to(dtype).to(kind)
                 part = _scaled(_drop(rows, keep[i], where), a.T, factor)
                 s[where, offset : offset + rank[i]] = part
-                scaled = _times(part, row_scale, where)
-                y[i][where] = y[i][where].addmm_(scaled, b.T, alpha=scales[i][g])
+                scaled, rows_of_y = _times(part.to(kind), row_scale, where), y[i][where].to(kind)
+                y[i][where] = rows_of_y.addmm_(scaled, b.T, alpha=scales[i][g]).to(dtype)
             offset += most[i]
     return y, s
 
@@ -121,7 +126,7 @@ def multi_lora_bwd(
     """dy[i] (T, out_i) -> dx (T, in), dA[i] (L, R, in), dB[i] (L, out_i, R), drow_scale (T,)."""
     n, dtype, tokens = len(lora_a), x.dtype, x.shape[0]
     wide = torch.promote_types(dtype, torch.float32)
-    most = [a.shape[1] for a in lora_a]
+    most, kind = [a.shape[1] for a in lora_a], _scaled_in(dtype, row_scale)
     keep, factor = _masks(x, dropout_p, seed, n)
     dx = x.new_zeros(x.shape) if need_dx else None
     da = [torch.zeros_like(a) for a in lora_a] if need_da else []
@@ -135,15 +140,15 @@ def multi_lora_bwd(
             r, scale = rank[i], scales[i][g]
             if r:
                 a, b = lora_a[i][g, :r].to(dtype), lora_b[i][g, :, :r].to(dtype)
-                s_rows, dy_rows = s[where, offset : offset + r], dy[i][where]
+                s_rows, dy_rows = s[where, offset : offset + r].to(kind), dy[i][where].to(kind)
                 if need_db:
                     scaled = _times(s_rows, row_scale, where)
                     db[i][g, :, :r] = _scaled(dy_rows.T, scaled, scale).to(b.dtype)
                 if need_dx or need_da or need_drow_scale:
-                    ds = _scaled(dy_rows, b, scale)
+                    ds = _scaled(dy_rows, b.to(kind), scale)
                     if drow_scale is not None:
                         drow_scale[where] += (ds.to(wide) * s_rows.to(wide)).sum(1)
-                    ds = _times(ds, row_scale, where)
+                    ds = _times(ds, row_scale, where).to(dtype)
                     if total is not None and keep[i] is None:
                         total.addmm_(ds, a)
                     elif total is not None:
