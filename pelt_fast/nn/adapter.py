@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import activations
+from ..functional.checks import check_finite, check_probability, number
 from .bottleneck_block import Activation, BottleneckSpec, bottleneck_block, resolve_activation
 
 INIT_WEIGHTS = ("bert", "mam_adapter", "houlsby")
@@ -30,6 +32,9 @@ _CONFIGURED = (
     "init_weights",
     "init_weights_seed",
 )
+# fields of BnConfig that say where adapters are, and of what kind
+_PLACES = ("mh_adapter", "output_adapter", "cross_adapter", "phm_layer")
+_SIZES = 2**31  # one more than the largest
 
 
 class BottleneckAdapter(nn.Module):
@@ -99,18 +104,27 @@ class BottleneckAdapter(nn.Module):
         super().__init__()
         _check_size("input_size", input_size)
         _check_size("bottleneck_size", bottleneck_size)
-        _check_probability("dropout", dropout)
-        _check_probability("stochastic_depth", stochastic_depth)
+        _check_scaling(scaling)
+        _check_seed("init_weights_seed", init_weights_seed)
         _check_choice("init_weights", init_weights, INIT_WEIGHTS)
         if not isinstance(residual_before_ln, bool):
             _check_choice("residual_before_ln", residual_before_ln, ("post_add",), "True, False")
-        if init_weights_seed is not None and type(init_weights_seed) is not int:
-            kind = type(init_weights_seed).__name__
-            raise TypeError(f"init_weights_seed is a {kind}; expected an integer or None")
+        flags = {
+            "use_gating": use_gating,
+            "is_parallel": is_parallel,
+            "original_ln_before": original_ln_before,
+            "original_ln_after": original_ln_after,
+            "ln_before": ln_before,
+            "ln_after": ln_after,
+            "adapter_residual_before_ln": adapter_residual_before_ln,
+            "bias": bias,
+        }
+        for name, flag in flags.items():
+            _check_flag(name, flag)
         self.input_size = input_size
         self.bottleneck_size = bottleneck_size
-        self.dropout = float(dropout)
-        self.stochastic_depth = float(stochastic_depth)
+        self.dropout = _probability("dropout", dropout)
+        self.stochastic_depth = _probability("stochastic_depth", stochastic_depth)
         self.is_parallel = is_parallel
         self.original_ln_before = original_ln_before
         self.original_ln_after = original_ln_after
@@ -127,11 +141,11 @@ class BottleneckAdapter(nn.Module):
         norms = [] if self.adapter_norm_before is None else [self.adapter_norm_before]
         self.adapter_down = nn.Sequential(*norms, down, self.non_linearity)
         self.adapter_up = nn.Linear(bottleneck_size, input_size, bias=bias, **where)
-        learned = _scaling_size(scaling, input_size)
-        if learned:
+        if isinstance(scaling, str):
+            learned = 1 if scaling == "learned" else input_size
             self.scaling = nn.Parameter(torch.ones(learned, **where))
         else:
-            self.scaling = float(scaling)
+            self.scaling = number("scaling", scaling)
         self.adapter_norm_after = nn.LayerNorm(input_size, **where) if ln_after else None
         self.gate = nn.Linear(input_size, 1, **where) if use_gating else None
         self._draw(init_weights_seed)
@@ -167,9 +181,14 @@ class BottleneckAdapter(nn.Module):
             )
         _check_size("input_size", input_size)
         factor = _reduction_factor(fields["reduction_factor"], layer)
+        bottleneck_size = input_size // factor
+        if not bottleneck_size < _SIZES:
+            raise ValueError(
+                f"reduction_factor is {factor}; expected one that leaves a bottleneck below {_SIZES}"
+            )
         return cls(
             input_size,
-            max(1, int(input_size // factor)),
+            max(1, int(bottleneck_size)),
             **arguments_of(fields),
             device=device,
             dtype=dtype,
@@ -177,6 +196,7 @@ class BottleneckAdapter(nn.Module):
 
     def reset_parameters(self, seed: int | None = None) -> None:
         """Draws the projections and the gate again, as ``init_weights`` says; ``seed``: their own."""
+        _check_seed("seed", seed)
         if self.gate is not None:
             self.gate.reset_parameters()
         self._draw(seed)
@@ -301,15 +321,24 @@ def _fields(config: Mapping[str, Any] | str) -> dict[str, Any]:
     architecture = fields.get("architecture", getattr(found, "architecture", None))
     if architecture is not None:
         raise ValueError(
-            f"config has architecture {architecture!r}; expected one bottleneck adapter, which has None"
+            f"config has architecture {_shown(architecture)}; expected one bottleneck adapter, which has None"
         )
     for name in ("non_linearity", "reduction_factor"):
         if name not in fields:
             raise ValueError(f"config has no {name!r}; expected the fields of a BnConfig")
+    for name in _PLACES:
+        _check_flag(name, fields.get(name, False))
     if fields.get("phm_layer"):
         raise ValueError("config has phm_layer (Compacter); expected plain linear projections")
-    if fields["non_linearity"] is None:
-        raise TypeError("config's non_linearity is None; expected the name of an activation")
+    if not isinstance(fields["non_linearity"], str) and not callable(fields["non_linearity"]):
+        kind = type(fields["non_linearity"]).__name__
+        raise TypeError(f"non_linearity is a {kind}; expected the name of an activation")
+    factors = fields["reduction_factor"]
+    if isinstance(factors, Mapping) and not factors:
+        raise ValueError("reduction_factor is empty; expected factors by layer")
+    for factor in factors.values() if isinstance(factors, Mapping) else [factors]:
+        _check_reduction_factor(factor)
+    _check_layers("leave_out", fields.get("leave_out"))
     return fields
 
 
@@ -335,34 +364,20 @@ def _reduction_factor(factor: Any, layer: int | None) -> float:
                 f"reduction_factor is for layers {known}; expected one of them as layer, or a 'default', not {layer}"
             )
         factor = factor.get(str(layer), factor.get("default"))
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)):
-        raise TypeError(f"reduction_factor is a {type(factor).__name__}; expected a number")
-    if not 0.0 < factor < math.inf:
-        raise ValueError(f"reduction_factor is {factor}; expected a positive number")
-    return factor
-
-
-def _scaling_size(scaling: Any, input_size: int) -> int:
-    """How many elements a learned scaling has, 0 for a constant."""
-    if isinstance(scaling, str):
-        _check_choice("scaling", scaling, ("learned", "channel"), "a number")
-        return 1 if scaling == "learned" else input_size
-    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
-        kind = type(scaling).__name__
-        raise TypeError(f"scaling is a {kind}; expected a number, 'learned' or 'channel'")
-    if not math.isfinite(scaling):
-        raise ValueError(f"scaling is {scaling}; expected a finite number")
-    return 0
+    return number("reduction_factor", factor)
 
 
 @contextlib.contextmanager
 def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """The global generator at ``seed``, and afterwards where it was. None or 0: untouched."""
-    if not seed:
+    """The global generator at ``seed``, and afterwards where it was. None, 0 or nothing to draw: untouched."""
+    if not seed or device.type == "meta":
         yield
         return
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        if device.type == "cpu":
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed is for all devices
+        else:
+            torch.manual_seed(seed)
         yield
 
 
@@ -370,14 +385,52 @@ def _check_size(name: str, value: object) -> None:
     if type(value) is not int:
         raise TypeError(f"{name} is a {type(value).__name__}; expected an integer")
     if value < 1:
-        raise ValueError(f"{name} is {value}; expected 1 or more")
+        raise ValueError(f"{name} is {_shown(value)}; expected 1 or more")
+    if value >= _SIZES:
+        raise ValueError(f"{name} is {_shown(value)}; expected less than {_SIZES}")
 
 
-def _check_probability(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected a number")
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} is {value}; expected a probability between 0 and 1")
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected True or False")
+
+
+def _check_seed(name: str, value: object) -> None:
+    if value is None:
+        return
+    if type(value) is not int:
+        raise TypeError(f"{name} is a {type(value).__name__}; expected an integer or None")
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"{name} is {_shown(value)}; expected an integer of 64 bits")
+
+
+def _check_layers(name: str, value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, (list, tuple, range, set, frozenset)):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a list of layers")
+    for layer in value:
+        if type(layer) is not int:
+            raise TypeError(f"{name} has a {type(layer).__name__}; expected indices of layers")
+
+
+def _check_reduction_factor(value: Any) -> None:
+    factor = number("reduction_factor", value)
+    if not 0.0 < factor < math.inf:
+        raise ValueError(f"reduction_factor is {_shown(value)}; expected a positive number")
+
+
+def _check_scaling(value: Any) -> None:
+    if isinstance(value, str):
+        _check_choice("scaling", value, ("learned", "channel"), "a number")
+    else:
+        check_finite("scaling", number("scaling", value, "a number, 'learned' or 'channel'"))
+
+
+def _probability(name: str, value: Any) -> float:
+    found = number(name, value)
+    check_probability(name, found)
+    return found
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...], others: str = "") -> None:
@@ -385,4 +438,12 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...], others: st
     if not isinstance(value, str):
         raise TypeError(f"{name} is a {type(value).__name__}; expected {expected}")
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}; expected {expected}")
+        raise ValueError(f"{name} is {_shown(value)}; expected {expected}")
+
+
+def _shown(value: object) -> str:
+    """A value as a message can hold it: short, and of a type that is not nested."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    known = isinstance(value, (str, int, float))
+    return reprlib.repr(value) if known else f"a {type(value).__name__}"

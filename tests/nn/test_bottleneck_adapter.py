@@ -152,6 +152,19 @@ def test_own_seed_leaves_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_seed_touches_no_other_devices_generator(monkeypatch):
+    monkeypatch.setattr(torch, "manual_seed", None)  # which seeds all of them
+    before = torch.get_rng_state()
+    layer = BottleneckAdapter(D, 4, init_weights_seed=11, device="meta")
+    assert torch.equal(torch.get_rng_state(), before)
+    layer = BottleneckAdapter(D, 4, init_weights_seed=11)
+    for seed in (2**64, 1.0, True):
+        with pytest.raises((TypeError, ValueError), match=r"^seed is a"):
+            layer.reset_parameters(seed)
+    for seed in (-(2**63), 2**64 - 1):
+        layer.reset_parameters(seed)
+
+
 @pytest.mark.parametrize("init", ["bert", "mam_adapter", "houlsby"])
 def test_reset_parameters_draws_again(init):
     layer = BottleneckAdapter(D, 4, init_weights=init, use_gating=True)
@@ -223,9 +236,20 @@ def test_reduction_factor(factor, layer, expected):
         ({"leave_out": [0, 2]}, {"layer": 2}, ValueError, "layer is 2, which is in leave_out"),
         ({"phm_layer": True}, {}, ValueError, "phm_layer"),
         ({"architecture": "lora"}, {}, ValueError, "architecture 'lora'"),
-        ({"non_linearity": None}, {}, TypeError, "non_linearity is None"),
+        ({"non_linearity": None}, {}, TypeError, "non_linearity is a NoneType; expected the name"),
         ({"non_linearity": "nope"}, {}, ValueError, "'nope' is not known.*'relu'"),
         ({"scaling": "both"}, {}, ValueError, "scaling is 'both'; expected a number or 'learned'"),
+        ({"reduction_factor": 5e-324}, {}, ValueError, "reduction_factor is 5e-324; .* bottleneck"),
+        ({"reduction_factor": 1e-9}, {}, ValueError, "reduction_factor is 1e-09; .* bottleneck"),
+        ({"reduction_factor": 10**400}, {}, ValueError, "reduction_factor is too large"),
+        ({"reduction_factor": {}}, {}, ValueError, "reduction_factor is empty"),
+        ({"reduction_factor": {"1": "a", "2": 4}}, {"layer": 2}, TypeError, "is a str; expected"),
+        ({"leave_out": 3}, {"layer": 2}, TypeError, "leave_out is a int; expected a list"),
+        ({"leave_out": "2"}, {"layer": 2}, TypeError, "leave_out is a str; expected a list"),
+        ({"leave_out": ["2"]}, {"layer": 2}, TypeError, "leave_out has a str; expected indices"),
+        ({"mh_adapter": "no"}, {}, TypeError, "mh_adapter is a str; expected True or False"),
+        ({"phm_layer": 0}, {}, TypeError, "phm_layer is a int; expected True or False"),
+        ({"architecture": [[[]]]}, {}, ValueError, "architecture a list; expected"),
     ],
 )
 def test_bad_configs_are_named(fields, arguments, error, message):
@@ -257,9 +281,35 @@ def test_what_is_no_bottleneck_config_is_named(config, error, message):
         ({"bottleneck_size": True}, TypeError, "bottleneck_size is a bool; expected an integer"),
         ({"dropout": 1.5}, ValueError, "dropout is 1.5; expected a probability"),
         ({"dropout": None}, TypeError, "dropout is a NoneType; expected a number"),
-        ({"stochastic_depth": -1}, ValueError, "stochastic_depth is -1; expected a probability"),
+        ({"stochastic_depth": -1}, ValueError, "stochastic_depth is -1.0; expected a probability"),
         ({"scaling": float("nan")}, ValueError, "scaling is nan; expected a finite number"),
         ({"scaling": None}, TypeError, "scaling is a NoneType; expected a number, 'learned'"),
+        ({"scaling": True}, TypeError, "scaling is a bool; expected a number, 'learned'"),
+        ({"scaling": 10**400}, ValueError, "scaling is too large for a float; expected a finite"),
+        ({"scaling": -(10**5000)}, ValueError, "scaling is too large for a float"),
+        ({"dropout": 10**400}, ValueError, "dropout is too large for a float"),
+        ({"dropout": True}, TypeError, "dropout is a bool; expected a number"),
+        ({"input_size": 2**31}, ValueError, "input_size is 2147483648; expected less than"),
+        (
+            {"input_size": 10**400},
+            ValueError,
+            "input_size is an integer of 1329 bits; expected less",
+        ),
+        ({"bottleneck_size": -(10**5000)}, ValueError, "is an integer of 16610 bits; expected 1"),
+        ({"init_weights_seed": 2**64}, ValueError, "_seed is an integer of 65 bits; expected"),
+        ({"init_weights_seed": True}, TypeError, "init_weights_seed is a bool; expected"),
+        (
+            {"init_weights": "a" * 10**6},
+            ValueError,
+            "init_weights is 'a{5,20}[.]{3}a{5,20}'; expected",
+        ),
+        *(
+            ({flag: 1}, TypeError, f"{flag} is a int; expected True or False")
+            for flag in (
+                *("use_gating", "is_parallel", "original_ln_before", "original_ln_after"),
+                *("ln_before", "ln_after", "adapter_residual_before_ln", "bias"),
+            )
+        ),
         ({"activation": 3}, TypeError, "activation is a int; expected a name or a callable"),
         ({"activation": "sine"}, ValueError, "'sine' is not known"),
         ({"init_weights": "zeros"}, ValueError, "init_weights is 'zeros'; expected 'bert' or"),
