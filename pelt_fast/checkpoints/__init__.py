@@ -6,8 +6,9 @@
 | OpenDelta 0.3.2 | the folder of ``save_finetuned``: adapters, parallel adapters, low-rank adapters of rank 1 |
 | google-research/adapter-bert | the variables of a TensorFlow checkpoint, as a mapping or an ``.npz`` file |
 
-Files are read without running what is in them: pickles with ``weights_only=True``, ``.npz`` without objects. All of a
-checkpoint is checked before anything is returned.
+Files are read without running what is in them: pickles with ``weights_only=True``, ``.npz`` without objects. They may
+name plain tensors alone, and unpack to no more than a few times their size. All of a checkpoint is checked before
+anything is returned.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from ..nn import BottleneckAdapter
 from . import adapter_bert, adapterhub, opendelta
-from .source import Array, Checkpoint, read
+from .source import Checkpoint, read
+from .tensors import Array
 
 __all__ = ["load_bottleneck_adapters", "load_other_parameters"]
 
@@ -61,10 +63,15 @@ def load_bottleneck_adapters(
 
     Raises:
         FileNotFoundError: there is no such file or folder, or a folder lacks its weights.
-        TypeError: source or one of its values has a wrong type.
+        OSError: the path cannot be looked up.
+        TypeError: an argument or one of source's values has a wrong type.
         ValueError: it cannot be read, or holds no bottleneck adapters, or incomplete ones, or ones that do not fit
-            their config.
+            their config, or that cannot run: sparse, quantized, on meta, of other dtypes than float32, bfloat16,
+            float16 and float64, or of several that do not go together. Infinite and NaN weights are no error, as in
+            the libraries.
     """
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"name is a {type(name).__name__}; expected a str or None")
     checkpoint = read(source, config)
     for form in _FORMATS:
         if form.holds_adapters(checkpoint):
@@ -91,7 +98,7 @@ def load_other_parameters(
 
 
 def _seen(checkpoint: Checkpoint) -> str:
-    keys = list(checkpoint.tensors)
+    keys = list(checkpoint.values)
     if not keys:
         return "it is empty"
     if any(".compactor." in key or ".phm_rule" in key for key in keys):

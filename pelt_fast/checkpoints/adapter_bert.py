@@ -20,7 +20,7 @@ from ..nn import BottleneckAdapter
 from .build import build
 from .source import Checkpoint
 
-_ADAPTER = re.compile(r"(?P<path>.+)/adapters/(?P<part>weights1|biases1|weights2|biases2)(?::0)?")
+_ADAPTER = re.compile(r"(?P<path>.+)/adapters/(?P<part>[^/:]+)(?::0)?")
 _LAYER_NORM = re.compile(r"(?P<path>.+)/LayerNorm/(?P<part>gamma|beta)(?::0)?")
 _HEAD = re.compile(r"(?:.+/)?output_(?P<part>weights|bias)(?::0)?")
 _PARTS = {
@@ -34,30 +34,37 @@ _RENAMED = {"gamma": "weight", "beta": "bias", "weights": "weight", "bias": "bia
 
 def holds_adapters(checkpoint: Checkpoint) -> bool:
     """Whether keys are adapter-bert's."""
-    return any(_ADAPTER.fullmatch(key) for key in checkpoint.tensors)
+    matches = map(_ADAPTER.fullmatch, checkpoint.values)
+    return any(match["part"] in _PARTS for match in matches if match)
 
 
 def adapters(checkpoint: Checkpoint, name: str | None) -> dict[str, BottleneckAdapter]:
     """As ``load_bottleneck_adapters``."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in checkpoint.tensors.items():
+    found: dict[str, dict[str, str]] = {}
+    for key in checkpoint.values:
         match = _ADAPTER.fullmatch(key)
         if match:
-            state = found.setdefault(_dotted(match["path"]), {})
-            state[_PARTS[match["part"]]] = _as_linear(tensor, match["part"])
+            keys = found.setdefault(_dotted(match["path"]), {})
+            checkpoint.claim(keys, _PARTS.get(match["part"], match["part"]), key)
     arguments = {"activation": "gelu_tanh", "init_weights": "houlsby"}
-    return {path: build(checkpoint.origin, path, state, arguments) for path, state in found.items()}
+    layers = {}
+    for path, keys in found.items():
+        if not keys.keys().isdisjoint(_PARTS.values()):
+            state = {name: _as_linear(checkpoint.tensor(key), name) for name, key in keys.items()}
+            layers[path] = build(checkpoint, path, state, arguments)
+    return layers
 
 
 def others(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The layernorms, and the head as ``BertForSequenceClassification`` names it."""
-    found = {}
-    for key, tensor in checkpoint.tensors.items():
+    keys: dict[str, str] = {}
+    for key in checkpoint.values:
         if match := _LAYER_NORM.fullmatch(key):
-            found[f"{_dotted(match['path'])}.LayerNorm.{_RENAMED[match['part']]}"] = tensor
+            name = f"{_dotted(match['path'])}.LayerNorm.{_RENAMED[match['part']]}"
+            checkpoint.claim(keys, name, key)
         elif match := _HEAD.fullmatch(key):
-            found[f"classifier.{_RENAMED[match['part']]}"] = tensor
-    return found
+            checkpoint.claim(keys, f"classifier.{_RENAMED[match['part']]}", key)
+    return {name: checkpoint.tensor(key) for name, key in keys.items()}
 
 
 def _dotted(path: str) -> str:
@@ -65,8 +72,8 @@ def _dotted(path: str) -> str:
     return re.sub(r"\blayer_(\d+)\b", r"layer.\1", path.replace("/", "."))
 
 
-def _as_linear(tensor: Tensor, part: str) -> Tensor:
+def _as_linear(tensor: Tensor, name: str) -> Tensor:
     """Weights (in, out) to (out, in), biases (1, out) to (out,)."""
-    if part.startswith("weights"):
-        return tensor.T.contiguous() if tensor.dim() == 2 else tensor
-    return tensor.squeeze(0) if tensor.dim() == 2 else tensor
+    if tensor.dim() != 2:
+        return tensor
+    return tensor.T if name.endswith("weight") else tensor.squeeze(0)

@@ -20,10 +20,12 @@ from .build import build
 from .source import Checkpoint
 
 _LEGACY = "attention_text_task_adapters|attention_text_lang_adapters|layer_text_task_adapters|layer_text_lang_adapters"
+_PLACE = rf"(?:(?P<path>.*)\.)?(?:adapters|{_LEGACY})\.(?P<name>[^.]+)\."
 _KEY = re.compile(
-    rf"(?:(?P<path>.*)\.)?(?:adapters|{_LEGACY})\.(?P<name>[^.]+)\."
-    r"(?P<key>(?:adapter_down|adapter_up|gate|non_linearity|adapter_norm_before|adapter_norm_after)\..+|scaling)"
+    _PLACE
+    + r"(?P<key>(?:adapter_down|adapter_up|gate|non_linearity|adapter_norm_before|adapter_norm_after)\..+|scaling)"
 )
+_STRAY = re.compile(_PLACE + "(?P<key>.+)")
 _PHM = re.compile(r"adapter_(?:down\.\d+|up)\.(?:W|W_left|W_right|b|phm_rule.*)")
 _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 _T5 = re.compile(r"(?:.*\.)?(?P<stack>encoder|decoder)\.block\.\d+\.layer\.(?P<layer>\d)")
@@ -31,17 +33,23 @@ _T5 = re.compile(r"(?:.*\.)?(?P<stack>encoder|decoder)\.block\.\d+\.layer\.(?P<l
 
 def holds_adapters(checkpoint: Checkpoint) -> bool:
     """Whether keys are the library's."""
-    return any(_KEY.fullmatch(key) for key in checkpoint.tensors)
+    return any(_KEY.fullmatch(key) for key in checkpoint.values)
 
 
 def adapters(checkpoint: Checkpoint, name: str | None) -> dict[str, BottleneckAdapter]:
     """As ``load_bottleneck_adapters``."""
-    found: dict[str, dict[str, dict[str, Tensor]]] = {}  # by name, by path
-    for key, tensor in checkpoint.tensors.items():
+    found: dict[str, dict[str, dict[str, str]]] = {}  # by name, by path
+    others = []
+    for key in checkpoint.values:
         match = _KEY.fullmatch(key)
         if match:
-            paths = found.setdefault(match["name"], {})
-            paths.setdefault(match["path"] or "", {})[match["key"]] = tensor
+            keys = found.setdefault(match["name"], {}).setdefault(match["path"] or "", {})
+            checkpoint.claim(keys, match["key"], key)
+        elif match := _STRAY.fullmatch(key):
+            others.append((key, match))
+    for key, match in others:
+        if keys := found.get(match["name"], {}).get(match["path"] or "", {}):
+            checkpoint.claim(keys, match["key"], key)
     names = ", ".join(map(repr, found))
     if name is None and len(found) > 1:
         raise ValueError(
@@ -51,11 +59,11 @@ def adapters(checkpoint: Checkpoint, name: str | None) -> dict[str, BottleneckAd
         raise ValueError(
             f"{checkpoint.origin} holds adapters {names}; expected one of them, not {name!r}"
         )
-    states = found[name if name is not None else next(iter(found))]
+    paths = found[name if name is not None else next(iter(found))]
     configs = _configs(checkpoint)
     layers = {}
-    for path, state in states.items():
-        if any(_PHM.fullmatch(key) for key in state):
+    for path, keys in paths.items():
+        if any(map(_PHM.fullmatch, keys)):
             raise ValueError(
                 f"{checkpoint.origin}: adapter at {path!r} is Compacter's; expected plain linear projections"
             )
@@ -64,7 +72,8 @@ def adapters(checkpoint: Checkpoint, name: str | None) -> dict[str, BottleneckAd
             arguments = arguments_of(config)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{checkpoint.origin}: {error}") from error
-        layers[path] = build(checkpoint.origin, path, state, arguments)
+        state = {part: checkpoint.tensor(key) for part, key in keys.items()}
+        layers[path] = build(checkpoint, path, state, arguments)
     return layers
 
 
@@ -84,14 +93,21 @@ def _configs(checkpoint: Checkpoint) -> list[Mapping[str, Any] | str]:
         old = "version" not in config
         config = config["config"]
         if old and isinstance(config, Mapping):
-            name = str(config.get("non_linearity"))
-            config = {**config, "non_linearity": _OLD_ACTIVATIONS.get(name, name)}
+            name = config.get("non_linearity")
+            if isinstance(name, str) and name in _OLD_ACTIVATIONS:
+                config = {**config, "non_linearity": _OLD_ACTIVATIONS[name]}
     union = config.get("configs") if isinstance(config, Mapping) else None
-    return [
-        part
-        for part in (union if isinstance(union, (list, tuple)) else [config])
-        if isinstance(part, str) or (isinstance(part, Mapping) and _architecture(part) is None)
-    ]
+    if union is not None and not isinstance(union, (list, tuple)):
+        kind = type(union).__name__
+        raise ValueError(f"{checkpoint.origin}: configs is a {kind}; expected a list")
+    parts = [config] if union is None else union
+    for part in parts:
+        if not isinstance(part, (str, Mapping)):
+            kind = type(part).__name__
+            raise ValueError(
+                f"{checkpoint.origin}: its config holds a {kind}; expected configs as objects or names"
+            )
+    return [part for part in parts if isinstance(part, str) or _architecture(part) is None]
 
 
 def _architecture(config: Mapping[str, Any]) -> str | None:
