@@ -80,6 +80,16 @@ def derivative(q, KIND: tl.constexpr):
 
 
 @triton.jit
+def activate_backward(da, q, KIND: tl.constexpr):
+    """da · act'(q); where torch selects instead of multiplying, nothing of an infinite da passes."""
+    slope = derivative(q, KIND)
+    through = da * slope
+    if KIND == "relu" or KIND == "relu2" or KIND == "relu6":
+        through = tl.where(slope == 0, 0.0, through)
+    return through
+
+
+@triton.jit
 def _sigmoid(q):
     return 1 / (1 + tl.exp(-q))
 

@@ -175,8 +175,11 @@ def _activated(ops, q, q_ptr, rows, live_t, FORM: tl.constexpr):
     TILES: tl.constexpr = FORM.tiles
     for i in tl.static_range(TILES):
         tile = q[i]
+        inner, live_m = bottleneck_columns(ops, i, FORM)
+        if FORM.ragged:
+            # Infinite v times the zeros of D's padding is NaN, and would be in every column of w.
+            tile = tl.where(live_m[None, :], tile, 0.0)
         if ops.down_bias is not None:
-            inner, live_m = bottleneck_columns(ops, i, FORM)
             tile += vector(ops.down_bias, inner, live_m)
         tile = tile.to(q_ptr.dtype.element_ty)
         store_bottleneck_tile(q_ptr, ops, i, tile, rows, live_t, FORM)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..common.cost import Cost, itemsize
 from ..common.tiling import cdiv
-from .activation import derivative
+from .activation import activate_backward
 from .forward import chunk_of_columns, columns_of_tile, rows_of_block
 from .forward import unsupported as unsupported
 from .operands import (
@@ -258,7 +258,7 @@ def _through_activation(ops, da, q_ptr, dq_ptr, rows, live_t, FORM: tl.constexpr
     TILES: tl.constexpr = FORM.tiles
     for i in tl.static_range(TILES):
         q = bottleneck_tile(q_ptr, ops, i, rows, live_t, FORM)
-        tile = (da[i] * derivative(q.to(tl.float32), FORM.activation)).to(q.dtype)
+        tile = activate_backward(da[i], q.to(tl.float32), FORM.activation).to(q.dtype)
         store_bottleneck_tile(dq_ptr, ops, i, tile, rows, live_t, FORM)
         dq = dq + (tile,)
     return dq

@@ -106,6 +106,7 @@ class Form:
     block_d: int = 0
     block_m: int = 0
     tiles: int = 0  # of the bottleneck
+    ragged: bool = False  # the last of them has columns beyond it
 
     @classmethod
     def make(
@@ -132,6 +133,7 @@ class Form:
             block_d=config.block_d,
             block_m=config.block_m,
             tiles=cdiv(ops.bottleneck, config.block_m),
+            ragged=ops.bottleneck % config.block_m != 0,
         )
 
 

@@ -105,7 +105,7 @@ WRONG_VALUES = [
     ("operands", "w * ops.amount", "w"),
     ("operands", "s = e * gate *", "s = e *"),
     ("grad_rows", "(g - first[:, None]", "(g"),
-    ("grad_rows", "da[i] * derivative(q.to(tl.float32), FORM.activation)", "da[i]"),
+    ("grad_rows", "activate_backward(da[i], q.to(tl.float32), FORM.activation)", "da[i]"),
     # every strip takes the first one's rows, a partial is left out
     ("grad_columns", "begin + strip * strip_rows", "begin + 0 * strip"),
     ("grad_columns", "outs, self.buffer.shape[0]", "outs, self.buffer.shape[0] - 1"),

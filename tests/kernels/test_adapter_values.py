@@ -123,6 +123,31 @@ def test_nan_stays_in_its_row(activation, adapter_kernels):
     assert y[[0, 1, 3, 4]].isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # by the interpreter
+@pytest.mark.parametrize("bottleneck", [1, 12])  # infinity times padding would be NaN
+@pytest.mark.parametrize("infinite", ["x", "dy"])
+@pytest.mark.parametrize("activation", [case.activation for case in ACTIVATIONS])
+def test_infinity_ends_where_eager_ends_it(activation, infinite, bottleneck, adapter_kernels):
+    """Torch selects 0 where relu, relu2 and relu6 are flat, and multiplies by every other slope."""
+    case = AdapterCase("infinite", (6,), 24, bottleneck, activation, down_bias=False)
+    inputs = case.make(torch.float32, adapter_kernels.device)
+    x, down, dy = inputs.x.clone(), inputs.down.abs(), inputs.dy.clone()
+    x[0], x[1] = (
+        -x[0].abs(),
+        32 * x[1].abs(),
+    )  # q below zero and above six; the others have some of each
+    if infinite == "x":
+        x[:2] *= float("inf")
+    else:
+        dy[:3] = float("inf")
+    inputs = replace(inputs, x=x, down=down, dy=dy)
+    results = adapter_kernels.run(inputs, Trace("random"))
+    for name, eager in adapter_oracle.eager(adapter_oracle.as_rows(inputs), None).items():
+        assert torch.equal(results[name].isfinite(), eager.isfinite()), name
+        if name == "y":
+            assert torch.equal(results[name].isnan(), eager.isnan())
+
+
 def test_far_from_zero_does_not_cancel(adapter_kernels):
     """E[x²] - E[x]² would lose every digit of these variances."""
     case = AdapterCase("far", (9,), 300, 8, **{**PFEIFFER, "pre_eps": 1e-5}, x_mean=1e4)
