@@ -238,11 +238,37 @@ void gemm(int64_t m, int64_t n, int64_t k, const Acc<T>* a, int64_t lda, const T
   if (n > 0) runs<T, 1, narrow_rows>(m, k, a, lda, b, ldb, c, ldc, accumulate);
 }
 
+#if defined(__clang__) || __GNUC__ >= 12
+#define PELT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PELT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype(a == b){__VA_ARGS__})
+#endif
+
+// a0 b0 a1 b1 ... of the first (high = 0) or second halves
+template <int high, class V>
+PELT_INLINE V interleave_halves(V a, V b) {
+  constexpr int N = sizeof(V) / sizeof(a[0]);
+  if constexpr (N == 2) {
+    return PELT_SHUFFLE(a, b, high, 2 + high);
+  } else if constexpr (N == 4) {
+    constexpr int h = 2 * high;
+    return PELT_SHUFFLE(a, b, h, 4 + h, h + 1, 5 + h);
+  } else if constexpr (N == 8) {
+    constexpr int h = 4 * high;
+    return PELT_SHUFFLE(a, b, h, 8 + h, h + 1, 9 + h, h + 2, 10 + h, h + 3, 11 + h);
+  } else {
+    constexpr int h = 8 * high;
+    return PELT_SHUFFLE(a, b, h, 16 + h, h + 1, 17 + h, h + 2, 18 + h, h + 3, 19 + h, h + 4, 20 + h,
+                        h + 5, 21 + h, h + 6, 22 + h, h + 7, 23 + h);
+  }
+}
+
 // MR rows of a times NR rows of b, over k: both lie along k. The lanes of a sum are added at the
 // end.
 template <class A, int MR, int NR>
 PELT_INLINE void micro_dots(int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb, A* c,
                             int64_t ldc, bool accumulate) {
+  static_assert(NR == 1 || NR == 4);
   using V = typename Vec<A>::type;
   constexpr int N = Vec<A>::N;
   V acc[MR][NR];
@@ -262,16 +288,32 @@ PELT_INLINE void micro_dots(int64_t k, const A* a, int64_t lda, const A* b, int6
       for (int j = 0; j < NR; ++j) acc[i][j] += value * row[j];
     }
   }
-  for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NR; ++j) {
-      A sum = accumulate ? c[i * ldc + j] : A(0), lanes[N];
-      store(lanes, acc[i][j]);
-      for (int64_t q = p; q < k; ++q) lanes[q - p] += a[i * lda + q] * b[j * ldb + q];
-#pragma GCC unroll 8
-      for (int half = N / 2; half; half /= 2)
+#pragma GCC unroll 4
+  for (int i = 0; i < MR; ++i) {
+    A lanes[N], sums[4];
+    if constexpr (NR == 4 && N >= 4) {
+      // two vectors into one, twice: the four sums in lanes 0, 2, 1, 3 of every four
+      const V first =
+          interleave_halves<0>(acc[i][0], acc[i][1]) + interleave_halves<1>(acc[i][0], acc[i][1]);
+      const V second =
+          interleave_halves<0>(acc[i][2], acc[i][3]) + interleave_halves<1>(acc[i][2], acc[i][3]);
+      store(lanes, interleave_halves<0>(first, second) + interleave_halves<1>(first, second));
+      for (int half = N / 2; half >= 4; half /= 2)
         for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-      c[i * ldc + j] = sum + lanes[0];
+      sums[0] = lanes[0], sums[1] = lanes[2], sums[2] = lanes[1], sums[3] = lanes[3];
+    } else {
+      for (int j = 0; j < NR; ++j) {
+        store(lanes, acc[i][j]);
+        for (int half = N / 2; half; half /= 2)
+          for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+        sums[j] = lanes[0];
+      }
     }
+    for (int j = 0; j < NR; ++j) {
+      for (int64_t q = p; q < k; ++q) sums[j] += a[i * lda + q] * b[j * ldb + q];
+      c[i * ldc + j] = accumulate ? c[i * ldc + j] + sums[j] : sums[j];
+    }
+  }
 }
 
 template <class A>
@@ -288,16 +330,34 @@ void dots(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b, 
       micro_dots<A, 1, 1>(k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, accumulate);
 }
 
-// out (columns, rows) = in (rows, columns)ᵀ, in squares that stay in level 1
+// out (columns, rows) = in (rows, columns)ᵀ, in squares of a vector's width: a square is turned by
+// as many perfect shuffles of its rows as the width has bits.
 template <class A>
 void transpose(int64_t rows, int64_t columns, const A* in, int64_t ld_in, A* out, int64_t ld_out) {
-  constexpr int64_t S = 16;
-  for (int64_t i0 = 0; i0 < rows; i0 += S)
-    for (int64_t j0 = 0; j0 < columns; j0 += S) {
-      const int64_t i1 = i0 + S < rows ? i0 + S : rows, j1 = j0 + S < columns ? j0 + S : columns;
-      for (int64_t j = j0; j < j1; ++j)
-        for (int64_t i = i0; i < i1; ++i) out[j * ld_out + i] = in[i * ld_in + j];
+  using V = typename Vec<A>::type;
+  constexpr int N = Vec<A>::N;
+  const int64_t whole_rows = rows / N * N, whole_columns = columns / N * N;
+  for (int64_t i = 0; i < whole_rows; i += N)
+    for (int64_t j = 0; j < whole_columns; j += N) {
+      V square[N], next[N];
+#pragma GCC unroll 16
+      for (int v = 0; v < N; ++v) square[v] = load<V>(in + (i + v) * ld_in + j);
+#pragma GCC unroll 4
+      for (int bit = 1; bit < N; bit *= 2) {
+#pragma GCC unroll 8
+        for (int v = 0; v < N / 2; ++v) {
+          next[2 * v] = interleave_halves<0>(square[v], square[v + N / 2]);
+          next[2 * v + 1] = interleave_halves<1>(square[v], square[v + N / 2]);
+        }
+#pragma GCC unroll 16
+        for (int v = 0; v < N; ++v) square[v] = next[v];
+      }
+#pragma GCC unroll 16
+      for (int v = 0; v < N; ++v) store(out + (j + v) * ld_out + i, square[v]);
     }
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = i < whole_rows ? whole_columns : 0; j < columns; ++j)
+      out[j * ld_out + i] = in[i * ld_in + j];
 }
 
 // ---- elementwise ----

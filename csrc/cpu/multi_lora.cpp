@@ -11,9 +11,9 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "blocks.h"
 #include "engine.h"
@@ -24,8 +24,6 @@ namespace {
 
 // A stack of matrices has as many elements of a block in level 2 as this.
 constexpr int64_t kBlock = 32768, kColumns = 512, kChunk = 64;
-// With fewer rows than this, turning a block of B costs more than sums across lanes.
-constexpr int64_t kFewRows = 16;
 
 // One matrix (rows, columns) of T or of the accumulator's type, any strides.
 struct Matrix {
@@ -98,16 +96,14 @@ struct Work {
   }
 
   // c (rows, n padded to lanes) = or += a (rows, k) · block (k, n) of b that begins at (k0, n0).
-  // few: the segment has few rows.
   void product(int64_t rows, int64_t n, int64_t k, const A* a, int64_t lda, const Matrix& b,
-               int64_t k0, int64_t n0, bool few, A* c, int64_t ldc, bool accumulate) const {
+               int64_t k0, int64_t n0, A* c, int64_t ldc, bool accumulate) const {
     Workspace& w = workspace();
     const int64_t padded = round_up(n, kernels.lanes);
     int64_t ld;
     if (b.column != 1 && b.row == 1) { // along k
       const A* bt = rows_of(b.t(), n0, n, k0, k, k, w.right, ld);
-      // long sums lie along their lanes; short ones only where turning the block does not pay
-      if (few || k >= 8 * kernels.lanes)
+      if (k >= 8 * kernels.lanes) // shorter sums are not worth adding up their lanes
         return kernels.dots(rows, n, k, a, lda, bt, ld, c, ldc, accumulate);
       A* turned = w.delta.template get<A>(k * padded);
       if (padded > n)
@@ -172,22 +168,19 @@ struct Call {
     return row_scale ? scaling(i, g) * row_scale[t] : scaling(i, g);
   }
 
-  // body(segment, first position, rows, few), tiles in any order and thread
+  // body(tile), tiles in any order and thread
   template <class Body>
   void tiles(int64_t tokens, int64_t products, const Body& body) const {
     const int64_t threads = products < Plan::kAlone ? 1 : at::get_num_threads();
     const int64_t size =
         std::clamp<int64_t>(round_up((tokens + 2 * threads - 1) / (2 * threads), 8), 8, kChunk);
     std::vector<Segment> tiles;
-    std::vector<bool> few;
     for (const Segment& s : segments)
-      for (int64_t r = 0; r < s.rows; r += size) {
+      for (int64_t r = 0; r < s.rows; r += size)
         tiles.push_back({s.adapter, s.begin + r, std::min(size, s.rows - r)});
-        few.push_back(s.rows < kFewRows);
-      }
     at::parallel_for(0, int64_t(tiles.size()), threads == 1 ? int64_t(tiles.size()) : 1,
                      [&](int64_t from, int64_t to) {
-                       for (int64_t i = from; i < to; ++i) body(tiles[i], few[i]);
+                       for (int64_t i = from; i < to; ++i) body(tiles[i]);
                      });
   }
 
@@ -256,11 +249,21 @@ int64_t block_of(int64_t rank) {
   return std::clamp<int64_t>(kBlock / rank / 64 * 64, 128, 1024);
 }
 
-// In the strides of the parameter where its last two dimensions are dense in them.
-at::Tensor zeros_as(const at::Tensor& stack) {
-  at::Tensor out = at::zeros_like(stack);
-  if (out.stride(1) != 1 && out.stride(2) != 1) out = at::zeros(stack.sizes(), stack.options());
-  return out;
+// A gradient of a stack (L, p, q), in the stack's strides where an adapter's part is dense in them.
+// Zeros where no sum is written: adapters without rows, ranks beyond the adapter's.
+template <class T>
+at::Tensor gradient_of(const at::Tensor& stack, const Call<T>& call, int64_t i) {
+  const int64_t adapters = stack.size(0), p = stack.size(1), q = stack.size(2);
+  const bool turned = stack.stride(1) == 1 && stack.stride(2) == p && p > 1;
+  at::Tensor out = empty_rows(adapters, p * q, stack.options());
+  std::vector<bool> written(adapters);
+  for (const Segment& s : call.segments)
+    if (s.adapter >= 0) written[s.adapter] = call.rank(i, s.adapter) == call.most[i];
+  const int64_t bytes = p * q * stack.itemsize();
+  char* memory = static_cast<char*>(out.mutable_data_ptr());
+  for (int64_t g = 0; g < adapters; ++g)
+    if (!written[g]) std::memset(memory + g * bytes, 0, bytes);
+  return turned ? out.as_strided(stack.sizes(), {p * q, 1, p}) : out.view(stack.sizes());
 }
 
 } // namespace
@@ -290,7 +293,7 @@ MultiLoRAOutput multi_lora_fwd(const at::Tensor& x, const std::vector<OptionalTe
     const T* from = data<T>(x);
     T* s = static_cast<T*>(out.s.mutable_data_ptr());
 
-    call.tiles(tokens, products, [&](const Segment& tile, bool few) {
+    call.tiles(tokens, products, [&](const Segment& tile) {
       Workspace& w = workspace();
       const Work<T> work{kernels, w.random};
       const int64_t g = tile.adapter, m = tile.rows;
@@ -303,7 +306,7 @@ MultiLoRAOutput multi_lora_fwd(const at::Tensor& x, const std::vector<OptionalTe
         for (int64_t k0 = 0; r && k0 < features; k0 += step) {
           const int64_t kc = std::min(step, features - k0);
           const A* left = call.rows_in(tile, from, stride, k0, kc, kc, i, w.left);
-          work.product(m, r, kc, left, kc, a.t(), k0, 0, few, sums, padded, k0 > 0);
+          work.product(m, r, kc, left, kc, a.t(), k0, 0, sums, padded, k0 > 0);
         }
         for (int64_t row = 0; row < m; ++row) {
           const int64_t t = call.perm[tile.begin + row];
@@ -329,7 +332,7 @@ MultiLoRAOutput multi_lora_fwd(const at::Tensor& x, const std::vector<OptionalTe
             else
               std::fill_n(c + row * ld, ld, A(0));
           }
-          if (r) work.product(m, nc, r, sums, padded, b.t(), 0, n0, few, c, ld, true);
+          if (r) work.product(m, nc, r, sums, padded, b.t(), 0, n0, c, ld, true);
           for (int64_t row = 0; row < m; ++row)
             kernels.narrow(nc, c + row * ld, nullptr,
                            to[i] + call.perm[tile.begin + row] * to_stride[i] + n0);
@@ -370,7 +373,7 @@ MultiLoRAGradients multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::T
     A* drow_scale = need_drow_scale ? static_cast<A*>(out.drow_scale->mutable_data_ptr()) : nullptr;
 
     if (need_dx || need_da || need_drow_scale) {
-      call.tiles(tokens, products, [&](const Segment& tile, bool few) {
+      call.tiles(tokens, products, [&](const Segment& tile) {
         Workspace& w = workspace();
         const Work<T> work{kernels, w.random};
         const int64_t g = tile.adapter, m = tile.rows;
@@ -386,7 +389,7 @@ MultiLoRAGradients multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::T
             const int64_t nc = std::min(step, width[i] - n0);
             const A* left =
                 call.rows_in(tile, data<T>(dy[i]), dy[i].stride(0), n0, nc, nc, -1, w.left);
-            work.product(m, r, nc, left, nc, call.b[i][g], n0, 0, few, of[i], padded, n0 > 0);
+            work.product(m, r, nc, left, nc, call.b[i][g], n0, 0, of[i], padded, n0 > 0);
           }
           for (int64_t row = 0; row < m; ++row) {
             const int64_t t = call.perm[tile.begin + row];
@@ -414,11 +417,11 @@ MultiLoRAGradients multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::T
             const int64_t r = call.rank(i, g), padded = round_up(r, kernels.lanes);
             const Matrix a = call.a[i][g];
             if (!call.masks[i]) {
-              work.product(m, kc, r, of[i], padded, a, 0, k0, few, c, width, true);
+              work.product(m, kc, r, of[i], padded, a, 0, k0, c, width, true);
               continue;
             }
             A* delta = w.masked.template get<A>(m * width);
-            work.product(m, kc, r, of[i], padded, a, 0, k0, few, delta, width, false);
+            work.product(m, kc, r, of[i], padded, a, 0, k0, delta, width, false);
             for (int64_t row = 0; row < m; ++row)
               kernels.add_masked(
                   kc, delta + row * width, call.keep,
@@ -467,7 +470,8 @@ MultiLoRAGradients multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::T
       }
     };
     if (need_da) {
-      for (const auto& a : arguments.lora_a) out.da.push_back(zeros_as(a));
+      for (int64_t i = 0; i < call.n(); ++i)
+        out.da.push_back(gradient_of(arguments.lora_a[i], call, i));
       call.sums(std::vector<int64_t>(call.n(), features), [&](const Segment& segment, int64_t i,
                                                               int64_t first, int64_t columns) {
         Workspace& w = workspace();
@@ -487,7 +491,8 @@ MultiLoRAGradients multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::T
       });
     }
     if (need_db) {
-      for (const auto& b : arguments.lora_b) out.db.push_back(zeros_as(b));
+      for (int64_t i = 0; i < call.n(); ++i)
+        out.db.push_back(gradient_of(arguments.lora_b[i], call, i));
       call.sums(width, [&](const Segment& segment, int64_t i, int64_t first, int64_t columns) {
         Workspace& w = workspace();
         const int64_t g = segment.adapter, r = call.rank(i, g);
