@@ -58,7 +58,9 @@ def default_config(problem: Any) -> ExpandConfig:
     tile = 16 if problem.tokens <= 512 else 64
     block_t = 16 if tile == 16 else 32
     block_n = 64 if wide else (256 if tile == 16 and block_r <= 32 else 128)
-    block_n = min(block_n, power_of_two(max(problem.out_features), 16))
+    # Ranks whose rows begin anywhere are loaded one element at a time, and take more registers.
+    ragged = any(rank % 8 for rank in problem.ranks)
+    block_n = min(64 if ragged else block_n, power_of_two(max(problem.out_features), 16))
     return ExpandConfig(tile, block_t, block_n, block_r)
 
 

@@ -139,16 +139,17 @@ def _grad_a_kernel(
         else:
             acc = tl.dot(tl.trans(ds), x, acc, input_precision=PRECISION)
     for i in tl.static_range(len(das)):
-        WIDTH: tl.constexpr = STARTS[i + 1] - STARTS[i]
         rank = lanes - STARTS[i]
         # Rows past the rank are zeros whatever x holds: infinity times the zeros of ds would be NaN.
-        da = tl.where((rank < rank_of(ranks[i], adapter, WIDTH))[:, None], acc, 0.0)
-        mask = ((rank >= 0) & (rank < WIDTH))[:, None] & live_k[None, :]
+        da = tl.where(
+            (rank < rank_of(ranks[i], adapter, STARTS[i + 1] - STARTS[i]))[:, None], acc, 0.0
+        )
+        mask = ((rank >= 0) & (rank < STARTS[i + 1] - STARTS[i]))[:, None] & live_k[None, :]
         if partial_ptr is None or alone:
-            slab = das[i] + adapter.to(tl.int64) * WIDTH * features
+            slab = das[i] + adapter.to(tl.int64) * (STARTS[i + 1] - STARTS[i]) * features
             at = rank.to(tl.int64)[:, None] * features + columns[None, :]
             tl.store(slab + at, (da * scale).to(das[i].dtype.element_ty), mask=mask)
-        elif partial_ptr is not None:
+        else:
             at = (slot.to(tl.int64) * TOTAL + lanes)[:, None] * features + columns[None, :]
             tl.store(partial_ptr + at, da, mask=mask)
 

@@ -2,7 +2,7 @@
 
 dY_i (T, N_i), s (T, ΣR), dB_i (L, N_i, R_i). A program owns BLOCK_N columns of one projection and a block of its ranks,
 of one group of an adapter's rows (`groups`), walks over those rows in order, and keeps an fp32 accumulator, which
-scaling multiplies at the end. A row scale multiplies s in fp32 before it is rounded.
+scaling multiplies at the end. With a row scale both multiply s in fp32, before it is rounded.
 
 Parallelism: groups × blocks of columns of all projections × blocks of ranks.
 Bound: HBM; bytes = dY + dB of every adapter + s · N / BLOCK_N, and partials of adapters of several groups.
@@ -24,7 +24,7 @@ from torch import Tensor
 from ..common.cost import Cost, itemsize
 from ..common.tiling import cdiv, power_of_two
 from .groups import Sum, group_rows, open_group, partials
-from .tiles import CHUNK_ROWS, rank_of, starts_of, unsupported
+from .tiles import CHUNK_ROWS, factor_of, rank_of, starts_of, unsupported
 
 __all__ = ["GradBConfig", "candidate_configs", "cost", "default_config", "unsupported"]
 
@@ -119,20 +119,21 @@ def _grad_b_kernel(
                     other=0.0,
                 )
                 if row_scale_ptr is not None:
-                    row_scale = tl.load(row_scale_ptr + tokens, mask=live, other=0.0)
-                    s = (s.to(tl.float32) * row_scale.to(tl.float32)[:, None]).to(dy.dtype)
+                    factor = factor_of(scalings[i], row_scale_ptr, adapter, tokens, live)
+                    s = (s.to(tl.float32) * factor[:, None]).to(dy.dtype)
                 acc = tl.dot(tl.trans(s), dy, acc, input_precision=PRECISION)
             # Columns past the rank are zeros whatever dY holds: infinity times the zeros of s would be NaN.
             rank = rank_of(ranks[i], adapter, WIDTH)
             db = tl.where((lanes < rank)[None, :], tl.trans(acc), 0.0)
             mask = live_n[:, None] & live_r[None, :]
             at = cols.to(tl.int64)[:, None] * WIDTH + lanes[None, :]
-            if alone:
-                factor = tl.load(scalings[i] + adapter)
-                db = tl.where((lanes < rank)[None, :], db * factor, 0.0)
+            if partial_list[i] is None or alone:
+                if row_scale_ptr is None:
+                    scaling = tl.load(scalings[i] + adapter)
+                    db = tl.where((lanes < rank)[None, :], db * scaling, 0.0)
                 slab = dbs[i] + adapter.to(tl.int64) * columns[i] * WIDTH
                 tl.store(slab + at, db.to(dbs[i].dtype.element_ty), mask=mask)
-            elif partial_list[i] is not None:
+            else:
                 tl.store(partial_list[i] + slot.to(tl.int64) * stride_partial + at, db, mask=mask)
         block -= blocks
 
@@ -193,7 +194,8 @@ def launch_grad_b(
         num_stages=config.num_stages,
         enable_fp_fusion=True,  # said aloud: Triton 3.9 warns, and 3.10 changes the default
     )
-    return [Sum(p, grad, scaling) for p, grad, scaling in zip(parts, db, scalings, strict=True)]
+    factors = scalings if row_scale is None else [None] * len(db)
+    return [Sum(p, grad, factor) for p, grad, factor in zip(parts, db, factors, strict=True)]
 
 
 def cost(problem: Any) -> Cost:

@@ -101,17 +101,16 @@ def _grad_x_kernel(
         seed = tl.load(seed_ptr)
     dx = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     for i in tl.static_range(len(weights)):
-        WIDTH: tl.constexpr = STARTS[i + 1] - STARTS[i]
-        rank = rank_of(ranks[i], adapter, WIDTH)
+        rank = rank_of(ranks[i], adapter, STARTS[i + 1] - STARTS[i])
         acc = tl.zeros([BLOCK_T, BLOCK_K], tl.float32) if seed_ptr is not None else dx
         for first in tl.range(0, rank, BLOCK_R, num_stages=1):
             lanes = first + tl.arange(0, BLOCK_R)
             at = tokens[:, None] * TOTAL + STARTS[i] + lanes[None, :]
-            mask = live[:, None] & readable(lanes, rank, WIDTH)[None, :]
+            mask = live[:, None] & readable(lanes, rank, STARTS[i + 1] - STARTS[i])[None, :]
             ds = tl.load(ds_ptr + at, mask=mask, other=0.0)
             a = weight_tile(
                 *(weights[i], adapter, strides[i], lanes, rank, cols, live_k),
-                WIDTH,
+                STARTS[i + 1] - STARTS[i],
                 SIDE_BY_SIDE[i],
                 ds.dtype,
             )

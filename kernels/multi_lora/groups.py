@@ -45,7 +45,7 @@ def open_group(chunks_ptr, chunk_indptr_ptr, indptr_ptr, ROWS: tl.constexpr, CHU
     first = tl.load(indptr_ptr + adapter, mask=real, other=0)
     last = tl.load(indptr_ptr + adapter + 1, mask=real, other=0)
     end = tl.where(real & (index % (ROWS // CHUNK) == 0), min(begin + ROWS, last), begin)
-    slot = begin // ROWS * 2 + (index > 0).to(tl.int32)
+    slot = begin // ROWS * 2 + min(index, 1)
     return adapter, begin, end, last - first <= ROWS, slot
 
 
@@ -71,7 +71,7 @@ def _sums_kernel(
             total = tl.zeros([BLOCK], tl.float32)
             if partial_list[i] is not None:
                 for group in range(groups):
-                    slot = (first + group * ROWS) // ROWS * 2 + (group > 0).to(tl.int32)
+                    slot = (first + group * ROWS) // ROWS * 2 + min(group, 1)
                     place = partial_list[i] + slot.to(tl.int64) * strides[i] + at
                     total += tl.load(place, mask=live, other=0.0)
             if factors[i] is not None:

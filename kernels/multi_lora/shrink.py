@@ -95,7 +95,7 @@ def candidate_configs(problem: Any) -> Iterator[ShrinkConfig]:
         for parts in (1, 4, 16):
             part = block_k * cdiv(cdiv(reduced, block_k), parts)
             for tile, block_t in ((16, 16), (64, 16), (64, 32)):
-                for split in (False, True):
+                for split in (False, True)[:parts]:
                     for num_stages in (2, 3, 4):
                         yield replace(
                             base,
@@ -103,7 +103,7 @@ def candidate_configs(problem: Any) -> Iterator[ShrinkConfig]:
                             block_t=block_t,
                             block_k=block_k,
                             part=part,
-                            split=split and parts > 1,
+                            split=split,
                             num_stages=num_stages,
                         )
 
@@ -255,13 +255,14 @@ def _finish_kernel(
     adapter = tl.where(adapter < adapters, adapter, -1)
     drow = tl.zeros([BLOCK_T], tl.float32)
     for i in tl.static_range(len(ranks)):
-        WIDTH: tl.constexpr = STARTS[i + 1] - STARTS[i]
-        rank = rank_of(ranks[i], adapter, WIDTH)
+        rank = rank_of(ranks[i], adapter, STARTS[i + 1] - STARTS[i])
         factor = factor_of(scalings[i], row_scale_ptr, adapter, tokens, live)
         dot = tl.zeros([BLOCK_T], tl.float32)
-        for first in tl.static_range(0, WIDTH, BLOCK_R):
+        for first in tl.static_range(0, STARTS[i + 1] - STARTS[i], BLOCK_R):
             lanes = first + tl.arange(0, BLOCK_R)
-            mask = live[:, None] & readable(lanes[None, :], rank[:, None], WIDTH)
+            mask = live[:, None] & readable(
+                lanes[None, :], rank[:, None], STARTS[i + 1] - STARTS[i]
+            )
             at = tokens[:, None] * TOTAL + STARTS[i] + lanes[None, :]
             total = sum_of_parts(partial_ptr, at, mask, count, TOTAL, SPLITS)
             if drow_ptr is not None:
@@ -269,7 +270,7 @@ def _finish_kernel(
                 dot += tl.sum(s * total, 1)
             if out_ptr is not None:
                 scaled = tl.where(mask, total * factor[:, None], 0.0)
-                within = live[:, None] & (lanes < WIDTH)[None, :]
+                within = live[:, None] & (lanes < STARTS[i + 1] - STARTS[i])[None, :]
                 tl.store(out_ptr + at, scaled.to(out_ptr.dtype.element_ty), mask=within)
         scaling = tl.load(scalings[i] + adapter, mask=adapter >= 0, other=0.0).to(tl.float32)
         drow += tl.where(rank > 0, scaling * dot, 0.0)

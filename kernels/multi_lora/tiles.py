@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.tiling import known_multiple, rank_alignment
+
 CHUNK_ROWS = 512
 """Rows of a chunk of a sum over an adapter's tokens; the last one of an adapter has fewer."""
 
@@ -88,11 +90,12 @@ def weight_tile(
 ):
     """[inner, lanes] of an adapter's A or B, seen through strides of (adapter, rank, inner); 0 past its rank.
 
-    SIDE_BY_SIDE: ranks are neighbours in memory, so that vectors are along them.
+    SIDE_BY_SIDE: where ranks are neighbours in memory, so that vectors are along them, what their rows are aligned to.
     """
     slot = ptr + adapter.to(tl.int64) * strides[0]
-    at = inner.to(tl.int64)[:, None] * strides[2] + lanes.to(tl.int64)[None, :] * strides[1]
-    if SIDE_BY_SIDE:
+    row = known_multiple(strides[2], SIDE_BY_SIDE) if SIDE_BY_SIDE > 1 else strides[2]
+    at = inner.to(tl.int64)[:, None] * row + lanes.to(tl.int64)[None, :] * strides[1]
+    if SIDE_BY_SIDE > 0:
         mask = live_inner[:, None] & readable(lanes, rank, WIDTH)[None, :]
         tile = tl.load(slot + at, mask=mask, other=0.0)
         tile = tl.where((lanes < rank)[None, :], tile, 0.0)
@@ -102,9 +105,14 @@ def weight_tile(
     return tile.to(dtype)
 
 
-def side_by_side(weights: Sequence[Tensor]) -> tuple[bool, ...]:
-    """Of each (L, R, inner) whether its ranks are neighbours in memory."""
-    return tuple([w.stride(1) == 1 and w.stride(2) != 1 for w in weights])
+def side_by_side(weights: Sequence[Tensor]) -> tuple[int, ...]:
+    """Of each (L, R, inner) whose ranks are neighbours a power of two that divides the stride of inner; else 0."""
+    return tuple(
+        [
+            rank_alignment(w.stride(2)) if w.stride(1) == 1 and w.stride(2) > 1 else 0
+            for w in weights
+        ]
+    )
 
 
 def starts_of(widths: Sequence[int]) -> tuple[int, ...]:

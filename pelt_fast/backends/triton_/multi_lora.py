@@ -28,8 +28,13 @@ class _Shapes(NamedTuple):
     adapters: int
     in_features: int
     out_features: tuple[int, ...]
-    rank: int
+    ranks: tuple[int, ...]
     dropout: bool
+
+    @property
+    def rank(self) -> int:
+        """The largest."""
+        return max(self.ranks)
 
 
 def unsupported(problem: Any) -> list[str]:
@@ -58,7 +63,7 @@ def _shapes(
         adapters=lora_a[0].shape[0],
         in_features=x.shape[1],
         out_features=tuple([b.shape[1] for b in lora_b]),
-        rank=max([a.shape[1] for a in lora_a]),
+        ranks=tuple([a.shape[1] for a in lora_a]),
         dropout=dropout,
     )
 
