@@ -84,6 +84,16 @@ __device__ __forceinline__ void load_run(const T* p, int64_t stride, int valid, 
   }
 }
 
+struct Tile {
+  int adapter, first, rows;
+};
+
+// This block's. The plan's arrays are views of one buffer: not aligned to more than an int.
+__device__ __forceinline__ Tile load_tile(const Arguments& args) {
+  const int32_t* tile = args.tiles + int64_t(blockIdx.x) * 4;
+  return {__ldg(tile), __ldg(tile + 1), __ldg(tile + 2)};
+}
+
 // Sums each of kValues values over the lanes of a warp; afterwards a lane holds, in v[0], the one
 // that value_of_lane names. A sum is the same tree whatever kValues: lanes 16 apart, then 8, 4,
 // 2, 1.
@@ -161,15 +171,15 @@ template <class X, class W, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kAligned ? 4 : 3)
     shrink(const __grid_constant__ Arguments args) {
   const Projection& p = args.projections[blockIdx.z];
-  const int4 tile = __ldg(reinterpret_cast<const int4*>(args.tiles) + blockIdx.x);
-  const int adapter = tile.x, rows = tile.z;
+  const Tile tile = load_tile(args);
+  const int adapter = tile.adapter, rows = tile.rows;
   if (adapter < 0 || rows == 0) return;
   const int rank = min(max(__ldg(p.ranks + adapter), 0), p.rank);
   if (rank == 0) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const W* a = static_cast<const W*>(p.a) + adapter * p.a_adapter;
   __shared__ int tokens[kTileRows];
-  if (threadIdx.x < rows) tokens[threadIdx.x] = __ldg(args.perm + tile.y + threadIdx.x);
+  if (threadIdx.x < rows) tokens[threadIdx.x] = __ldg(args.perm + tile.first + threadIdx.x);
   __syncthreads();
   if (rows == 1) {
     shrink_rows<1, kAligned, X>(args, p, a, rank, tokens, 1, blockIdx.y, warp, lane);
@@ -232,8 +242,8 @@ template <class X, class W, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 4)
     expand(const __grid_constant__ Arguments args, int s_row) {
   const Projection& p = args.projections[blockIdx.z];
-  const int4 tile = __ldg(reinterpret_cast<const int4*>(args.tiles) + blockIdx.x);
-  const int adapter = tile.x, rows = tile.z, first_column = int(blockIdx.y) * kColumns;
+  const Tile tile = load_tile(args);
+  const int adapter = tile.adapter, rows = tile.rows, first_column = int(blockIdx.y) * kColumns;
   if (rows == 0 || (first_column >= p.out_features && blockIdx.y > 0)) return;
   const int rank = adapter < 0 ? 0 : min(max(__ldg(p.ranks + adapter), 0), p.rank);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -243,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   __shared__ float factors[kTileRows];
   __shared__ __align__(16) float sums[kTileRows * kColumns];
   if (threadIdx.x < rows) {
-    const int token = __ldg(args.perm + tile.y + threadIdx.x);
+    const int token = __ldg(args.perm + tile.first + threadIdx.x);
     const float scale = rank == 0 ? 0.f : __ldg(p.scaling + adapter);
     tokens[threadIdx.x] = token;
     factors[threadIdx.x] = args.row_scale ? scale * __ldg(args.row_scale + token) : scale;

@@ -48,17 +48,11 @@ struct Arguments {
   Projection projections[kMaxProjections];
 };
 
-// Passes and splits follow from K alone: the order of a sum does not depend on the batch.
-inline int32_t passes_of(int64_t in_features) {
-  constexpr int64_t columns = int64_t(kMaxSplits) * kPassColumns;
-  const int64_t passes = (in_features + columns - 1) / columns;
-  return passes > 1 ? int32_t(passes) : 1;
-}
-
-inline int32_t splits_of(int64_t in_features) {
-  const int64_t columns = int64_t(passes_of(in_features)) * kPassColumns;
-  const int64_t splits = (in_features + columns - 1) / columns;
-  return splits > 1 ? int32_t(splits) : 1;
+// Passes that each split of K makes. The splits follow from K alone (they are the first dimension
+// of the partials): the order of a sum does not depend on the batch.
+inline int32_t passes_of(int64_t in_features, int64_t splits) {
+  const int64_t columns = splits * kPassColumns;
+  return int32_t((in_features + columns - 1) / columns);
 }
 
 // As many lanes as have work share a row of B, so that a warp reads whole sectors.

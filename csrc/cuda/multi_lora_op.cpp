@@ -7,7 +7,6 @@
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 13) << 48))
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
@@ -71,8 +70,8 @@ void* current_stream(const Tensor& x) {
 void forward(const Tensor& x, const std::vector<Tensor>& lora_a, const std::vector<Tensor>& lora_b,
              const std::vector<Tensor>& base, const Tensor& perm, const Tensor& tiles,
              const std::vector<Tensor>& ranks, const std::vector<Tensor>& scaling,
-             const std::optional<Tensor>& row_scale, const Tensor& s, const std::vector<Tensor>& y,
-             bool in_place) {
+             const std::optional<Tensor>& row_scale, const Tensor& partials, const Tensor& s,
+             const std::vector<Tensor>& y, bool in_place) {
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (x.is_cuda()) guard.emplace(x.get_device_index());
   Arguments arguments = {};
@@ -85,12 +84,10 @@ void forward(const Tensor& x, const std::vector<Tensor>& lora_a, const std::vect
   arguments.tokens = x.size(0);
   arguments.in_features = narrow(x.size(1), "input features");
   arguments.total_rank = narrow(s.size(1), "rank columns");
-  arguments.splits = splits_of(x.size(1));
-  arguments.passes = passes_of(x.size(1));
+  arguments.splits = int32_t(partials.size(0));
+  arguments.passes = passes_of(x.size(1), partials.size(0));
   arguments.in_place = in_place;
   const int64_t tile_count = narrow(tiles.size(0), "tiles");
-  const Tensor partials =
-      torch::stable::new_empty(x, {arguments.splits, x.size(0), s.size(1)}, ScalarType::Float);
   arguments.partials = data<float>(partials);
   void* const stream = current_stream(x);
 
@@ -139,8 +136,8 @@ void forward(const Tensor& x, const std::vector<Tensor>& lora_a, const std::vect
 STABLE_TORCH_LIBRARY(pelt_fast_cuda, m) {
   m.def(
       "multi_lora_fwd(Tensor x, Tensor[] lora_a, Tensor[] lora_b, Tensor[] base, Tensor perm, "
-      "Tensor tiles, Tensor[] ranks, Tensor[] scaling, Tensor? row_scale, Tensor(a!) s, "
-      "Tensor(b!)[] y, bool in_place) -> ()");
+      "Tensor tiles, Tensor[] ranks, Tensor[] scaling, Tensor? row_scale, Tensor(a!) partials, "
+      "Tensor(b!) s, Tensor(c!)[] y, bool in_place) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pelt_fast_cuda, PELT_FAST_CUDA_DISPATCH_KEY, m) {

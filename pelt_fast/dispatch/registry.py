@@ -15,13 +15,17 @@ PACKAGES = {
     "triton": "pelt_fast.backends.triton_",
     "cpp": "pelt_fast.backends.cpp",
     "torch": "pelt_fast.backends.torch_",
+    "cuda": "pelt_fast.backends.cuda",
     "reference": "pelt_fast.backends.reference_",
 }
 AUTOMATIC = (
     "triton",
     "cpp",
     "torch",
-)  # the reference is an oracle: it runs only when it is asked for
+)  # the reference is an oracle, CUDA C++ has not run on a GPU yet: only when they are asked for
+
+
+_NO_CUDA = "no CUDA C++ kernel serves this operation; on a GPU use 'triton' or 'torch'"
 
 
 class BackendUnavailable(RuntimeError):
@@ -51,11 +55,10 @@ class Backend:
 @cache
 def backend(name: str, family: str) -> Backend:
     """The backend of that name for a family of operations, imported on first use."""
-    if name == "cuda":
-        return Backend(
-            name, None, "no CUDA C++ kernel serves this operation; on a GPU use 'triton' or 'torch'"
-        )
+    module = f"{PACKAGES[name]}.{family}"
     try:
-        return Backend(name, importlib.import_module(f"{PACKAGES[name]}.{family}"))
+        return Backend(name, importlib.import_module(module))
     except ImportError as error:
+        if name == "cuda" and error.name == module:
+            return Backend(name, None, _NO_CUDA)
         return Backend(name, None, f"cannot be imported: {error}")
