@@ -18,12 +18,14 @@ from ..ops.multi_lora import problem_of
 from ..random import new_seed
 from ..segments import MultiAdapterPlan
 from .checks import (
+    HALVES,
     autocast_dtype,
     backend_name,
     check_dtype,
     check_finite,
     check_input,
     check_input_dtype,
+    check_plan,
     check_probability,
     check_tensor,
     number,
@@ -206,13 +208,15 @@ def _check(
     names = [f"[{i}]" for i in range(n)] if several else [""]
     for i, name in enumerate(names):
         _check_adapters(name, x, lora_a[i], lora_b[i], autocast)
+    if autocast:
+        lora_a, lora_b = ([_served(p, x) for p in parameters] for parameters in (lora_a, lora_b))
     adapters = lora_a[0].shape[0]
     for i, name in enumerate(names):
         if lora_a[i].shape[0] != adapters:
             raise ValueError(
                 f"lora_a{name} has {lora_a[i].shape[0]} adapters; expected {adapters}, as lora_a[0] has"
             )
-    _check_plan(plan, x, adapters)
+    check_plan(plan, x, adapters)
     shape = x.shape[:-1]
     base: list[Tensor | None] = [None] * n
     wider: list[Tensor | None] = [None] * n
@@ -267,18 +271,10 @@ def _check_adapters(name: str, x: Tensor, a: Any, b: Any, autocast: bool) -> Non
     check_dtype(f"lora_b{name}", b, x, autocast, wider=True)
 
 
-def _check_plan(plan: Any, x: Tensor, adapters: int) -> None:
-    if not isinstance(plan, MultiAdapterPlan):
-        raise TypeError(f"plan is a {type(plan).__name__}; expected a pelt_fast.MultiAdapterPlan")
-    if plan.num_adapters != adapters:
-        raise ValueError(
-            f"plan is of {plan.num_adapters} adapters; expected {adapters}, as lora_a has"
-        )
-    rows = math.prod(x.shape[:-1])
-    if plan.tokens != rows:
-        raise ValueError(f"plan is of {plan.tokens} tokens; expected {rows}, x's rows")
-    if plan.device != x.device:
-        raise ValueError(f"plan is on {plan.device}; expected {x.device}, where x is")
+def _served(parameter: Tensor, x: Tensor) -> Tensor:
+    """In a dtype that kernels take: x's, or float32 over a half."""
+    wider = parameter.dtype == torch.float32 and x.dtype in HALVES
+    return parameter if wider else parameter.to(x.dtype)
 
 
 def _base(
@@ -350,7 +346,8 @@ def _ranks(name: str, ranks: Any, x: Tensor, adapters: int, most: int) -> Tensor
         raise TypeError(f"{name} has dtype {ranks.dtype}; expected integers")
     if ranks.shape != (adapters,):
         raise ValueError(f"{name} has shape {shape_of(ranks)}; expected (L,) = ({adapters},)")
-    return ranks if ranks.dtype == torch.int32 else ranks.clamp(0, most).to(torch.int32)
+    # int32 is clamped where it is used
+    return ranks if ranks.dtype == torch.int32 else ranks.long().clamp(0, most).to(torch.int32)
 
 
 def _row_scale(row_scale: Any, x: Tensor) -> Tensor:
@@ -377,10 +374,12 @@ def _add_in_place(
 ) -> tuple[Tensor, ...]:
     """Adds into the bases, and returns them."""
     x = call.x
-    if len({b.data_ptr() for b in bases if b.numel()}) < sum(b.numel() > 0 for b in bases):
+    scales = [] if call.row_scale is None else [call.row_scale]
+    if not _all_apart(bases, ()):
         raise ValueError("base_out overlaps; expected outputs that share no memory")
     rest = (plan.arrays, call.ranks, call.scaling, call.row_scale, call.dropout_p, seed)
-    if all(_can_change(b, x) for b in bases):
+    may_change = all(_can_change(b, x) for b in bases)
+    if may_change and _all_apart(bases, (x, *call.lora_a, *call.lora_b, *scales)):
         multi_lora_add_(x, call.lora_a, call.lora_b, bases, *rest, call.backend)
         for b in bases:
             if not b.is_inference():
@@ -393,13 +392,46 @@ def _add_in_place(
 
 
 def _can_change(base: Tensor, x: Tensor) -> bool:
-    """A kernel can write into it: rows of x's dtype, each element once, and not where x is read."""
+    """A kernel can write into it: rows of x's dtype, each element once."""
     if base.dtype != x.dtype or (base.is_inference() and not torch.is_inference_mode_enabled()):
         return False
     strides = list(zip(base.shape, base.stride(), strict=True))
     if any(size > 1 and stride == 0 for size, stride in strides) or base.stride(-1) != 1:
         return False
-    for (_, outer), (size, inner) in itertools.pairwise(strides[:-1]):
-        if outer != size * inner:  # no view as rows
-            return False
-    return base.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+    # outer dimensions that no single stride describes are no view as rows
+    return all(
+        outer == size * inner for (_, outer), (size, inner) in itertools.pairwise(strides[:-1])
+    )
+
+
+def _all_apart(written: Sequence[Tensor], read: Sequence[Tensor]) -> bool:
+    """What is written shares no memory with what is read, or, where nothing is, with each other."""
+    places = {t.untyped_storage().data_ptr() for t in written}
+    if read:
+        if places.isdisjoint([t.untyped_storage().data_ptr() for t in read]):
+            return True
+        return all(_apart(one, other) for one in written for other in read)
+    if len(places) == len(written):
+        return True
+    return all(_apart(one, other) for one, other in itertools.combinations(written, 2))
+
+
+def _apart(one: Tensor, other: Tensor) -> bool:
+    """One ends before the other begins, or their rows lie side by side; False where it is not that simple."""
+    if one.device.type == "meta" or not one.numel() or not other.numel():
+        return True
+    (start, end, width, step), (start_2, end_2, width_2, step_2) = _extent(one), _extent(other)
+    if end <= start_2 or end_2 <= start:
+        return True
+    every = math.gcd(step, step_2)  # all rows begin at multiples of it
+    between = (start_2 - start) % every if every else 0
+    return width <= between and between + width_2 <= every
+
+
+def _extent(t: Tensor) -> tuple[int, int, int, int]:
+    """In bytes: first and last address, size of the elements that stand together, divisor of all other strides."""
+    size, start = t.element_size(), t.data_ptr()
+    outer = [(n, stride) for n, stride in zip(t.shape, t.stride(), strict=True) if n > 1]
+    end = start + size * (1 + sum((n - 1) * stride for n, stride in outer))
+    together = outer.pop()[0] if outer and outer[-1][1] == 1 else 1
+    return start, end, size * together, size * math.gcd(*(stride for _, stride in outer))

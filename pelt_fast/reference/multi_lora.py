@@ -28,16 +28,17 @@ def multi_lora(
     """
     rows = []
     for t, g in enumerate(ids):
-        delta = x.new_zeros(lora_b.shape[1])
-        if 0 <= g < lora_a.shape[0]:
-            dropped = x[t]
-            if keep is not None:
-                dropped = torch.where(
-                    keep[t], x[t] / (1.0 - dropout_p) if dropout_p < 1.0 else x[t], 0.0
-                )
-            rank = ranks[g]
-            delta = scaling[g] * (dropped @ lora_a[g, :rank].T @ lora_b[g, :, :rank].T)
-            if row_scale is not None:
-                delta = row_scale[t] * delta
+        if not 0 <= g < lora_a.shape[0]:
+            rows.append(x.new_zeros(lora_b.shape[1]) if base is None else base[t])
+            continue
+        dropped = x[t]
+        if keep is not None:
+            dropped = torch.where(
+                keep[t], x[t] / (1.0 - dropout_p) if dropout_p < 1.0 else x[t], 0.0
+            )
+        rank = ranks[g]
+        delta = scaling[g] * (dropped @ lora_a[g, :rank].T @ lora_b[g, :, :rank].T)
+        if row_scale is not None:
+            delta = row_scale[t] * delta
         rows.append(delta if base is None else base[t] + delta)
     return torch.stack(rows)

@@ -165,6 +165,15 @@ def test_forms_of_ranks(backend, device):
     assert torch.equal(oracle.joined(y), backend(other))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int64], ids=str)
+def test_ranks_of_a_dtype_that_does_not_reach_r(dtype, backend, device):
+    inputs = MultiLoRACase("", (9,), 24, rank=(256,)).make(torch.float32, device)
+    inputs = replace(inputs, ranks=((127, 3, 0),))
+    ranks = torch.tensor([127, 3, 0], dtype=dtype, device=device)
+    y = PF.multi_lora(*inputs.args, ranks=ranks, base_out=inputs.base, backend=backend.name)
+    assert torch.equal(y[0], backend(inputs))
+
+
 def test_ranks_and_scaling_obey_the_adapter_of_the_token(backend, device):
     """One number each, all different: which adapter's rank and scaling came shows in the result."""
     count, most = 5, 5

@@ -73,7 +73,10 @@ def multi_lora_fwd(
     tokens = x.shape[0]
     y = _compute(x, lora_a, lora_b, base, plan, ranks, scaling, row_scale, dropout_p, seed)
     if inplace:
-        y = [b.copy_(t) for b, t in zip(base, y, strict=True) if b is not None]
+        named = (plan[0][:tokens] < lora_a[0].shape[0])[:, None]
+        y = [
+            b.copy_(torch.where(named, t, b)) for b, t in zip(base, y, strict=True) if b is not None
+        ]
     wide = torch.promote_types(x.dtype, torch.float32)
     s = x.new_zeros((tokens, sum(a.shape[1] for a in lora_a)))
     offset = 0
