@@ -10,6 +10,7 @@ from ..dispatch import Explanation
 from ..random import philox_mask
 from .adapter import bottleneck_adapter, explain_bottleneck_adapter
 from .lora import MAX_RANK, explain_lora_linear, lora_linear
+from .multi_bottleneck import multi_bottleneck
 from .multi_lora import explain_multi_lora, multi_lora
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "bottleneck_adapter",
     "explain",
     "lora_linear",
+    "multi_bottleneck",
     "multi_lora",
     "philox_mask",
 ]

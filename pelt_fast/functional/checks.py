@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import asked_for, check_name
+from ..segments import MultiAdapterPlan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)
@@ -79,6 +81,21 @@ def check_dtype(name: str, value: Tensor, x: Tensor, autocast: bool, *, wider: b
             f"{name} has dtype {dtype}; expected {x.dtype}, x's dtype, or torch.float32"
         )
     raise TypeError(f"{name} has dtype {dtype}; expected {x.dtype}, x's dtype")
+
+
+def check_plan(plan: Any, x: Tensor, adapters: int) -> None:
+    """``plan`` is one of x's rows and of as many adapters as are stacked."""
+    if not isinstance(plan, MultiAdapterPlan):
+        raise TypeError(f"plan is a {type(plan).__name__}; expected a pelt_fast.MultiAdapterPlan")
+    if plan.num_adapters != adapters:
+        raise ValueError(
+            f"plan is of {plan.num_adapters} adapters; expected {adapters}, as many as are stacked"
+        )
+    rows = math.prod(x.shape[:-1])
+    if plan.tokens != rows:
+        raise ValueError(f"plan is of {plan.tokens} tokens; expected {rows}, x's rows")
+    if plan.device != x.device:
+        raise ValueError(f"plan is on {plan.device}; expected {x.device}, where x is")
 
 
 def number(name: str, value: Any, expected: str = "a number") -> float:
