@@ -11,6 +11,7 @@ from .segments import MultiAdapterPlan, use_plan
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterPool",
     "BackendUnavailable",
     "MultiAdapterPlan",
     "__version__",
@@ -30,4 +31,8 @@ def __getattr__(name: str) -> Any:
         from . import integrations
 
         return getattr(integrations, name)
+    if name == "AdapterPool":
+        from .serving import AdapterPool
+
+        return AdapterPool
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,7 @@ PACKAGE = "pelt_fast"
 # A module may import its own layer and the ones after it.
 LAYERS = (
     "integrations",
+    "serving",
     "checkpoints",
     "nn",
     "functional",
