@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -59,6 +60,7 @@ class MultiAdapterPlan:
         self.max_tokens = capacity
         with torch.inference_mode(False):
             self._buffer = torch.zeros(sum(self._sizes), dtype=torch.int32, device=where)
+        self._cut()
         self.tokens = 0
         self._set(ids)
 
@@ -95,10 +97,7 @@ class MultiAdapterPlan:
         5. (n, 4): the same of up to 512 rows
         6. (L + 1,): tiles [6][g] .. [6][g + 1] - 1 of array 5 are adapter g's
         """
-        parts = list(self._buffer.split(self._sizes))
-        for i in (3, 4, 5):
-            parts[i] = parts[i].view(-1, 4)
-        return parts
+        return list(self._arrays)
 
     @property
     def counts(self) -> Tensor:
@@ -118,11 +117,26 @@ class MultiAdapterPlan:
         found: list[int] = self.active.nonzero().flatten().tolist()
         return found
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["_arrays"]  # a copy's would not be views of its buffer to autograd
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._cut()
+
     def __repr__(self) -> str:
         return (
             f"MultiAdapterPlan(tokens={self.tokens}, num_adapters={self.num_adapters}, "
             f"max_tokens={self.max_tokens}, device='{self.device}')"
         )
+
+    def _cut(self) -> None:
+        """The arrays as views of the buffer: they count its versions."""
+        with torch.inference_mode(False):
+            parts = self._buffer.split(self._sizes)
+            self._arrays = (*parts[:3], *[part.view(-1, 4) for part in parts[3:6]], parts[6])
 
     def _set(self, ids: Tensor) -> None:
         if len(ids) > self.max_tokens:
@@ -204,6 +218,8 @@ def _arrays(ids: Tensor, capacity: int, adapters: int) -> list[Tensor]:
 def _ids(values: Any) -> Tensor:
     """int64 (T,)."""
     try:
+        if not isinstance(values, (Tensor, list, tuple)):
+            values = numpy.array(values)  # a copy: torch takes none that is read-only or backwards
         ids = values if isinstance(values, Tensor) else torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(

@@ -23,7 +23,7 @@ namespace pelt_fast {
 namespace {
 
 // A stack of matrices has as many elements of a block in level 2 as this.
-constexpr int64_t kBlock = 32768, kColumns = 512, kChunk = 64;
+constexpr int64_t kBlock = 32768, kColumns = 128, kChunk = 64;
 
 // One matrix (rows, columns) of T or of the accumulator's type, any strides.
 struct Matrix {
