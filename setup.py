@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -158,6 +159,10 @@ def missing_for_cuda(mode: str) -> str | None:
         home = os.environ.get("CUDA_HOME")
         where = f"{home}/bin, where CUDA_HOME points" if home else "on PATH (set CUDA_HOME)"
         return f"no CUDA toolkit: nvcc is not {where}"
+    release = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+    major = re.search(r"release (\d+)", release)
+    if torch.version.cuda and major and major.group(1) != torch.version.cuda.split(".")[0]:
+        return f"{path} is of CUDA {major.group(1)}, torch was built with {torch.version.cuda}"
     probe = "#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n#include <cuda_runtime.h>\n"
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "probe.cu").write_text(probe + "int main() { return 0; }\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -144,7 +145,9 @@ def test_cuda_is_a_library_of_its_own(project: Path, python):
 @pytest.mark.parametrize("mode", ["auto", "cuda"])
 def test_cuda_that_does_not_compile(project: Path, python, mode: str):
     (project / "csrc" / "cuda" / "kernel.cu").write_text("#error broken\n")
-    with_cuda = "import torch\ntorch.version.cuda = '13.0'\n"
+    release = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    major = release.partition("release ")[2].partition(".")[0]
+    with_cuda = f"import torch\ntorch.version.cuda = '{major}.0'\n"
     environment = {"PELT_FAST_BUILD": mode, "TORCH_CUDA_ARCH_LIST": "8.0"}
     result = python(with_cuda + BUILD, cwd=project, ok=mode == "auto", **environment)
     if mode == "auto":
@@ -153,6 +156,15 @@ def test_cuda_that_does_not_compile(project: Path, python, mode: str):
     else:
         assert result.returncode != 0
         assert "PELT_FAST_BUILD=cuda cannot be built: compilation failed" in result.stderr
+
+
+@needs_nvcc
+def test_cuda_of_another_version_than_torchs(project: Path, python):
+    (project / "csrc" / "cuda" / "kernel.cu").write_text(CUDA)
+    other = "import torch\ntorch.version.cuda = '9.2'\n"
+    result = python(other + BUILD, cwd=project, ok=False, PELT_FAST_BUILD="cuda")
+    assert result.returncode != 0
+    assert "torch was built with 9.2" in result.stderr
 
 
 @needs_nvcc
