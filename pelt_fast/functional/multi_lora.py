@@ -86,19 +86,8 @@ def multi_lora(
         RuntimeError: in a backward of the backward, which has no formula here.
     """
     call = _check(
-        *(
-            x,
-            lora_a,
-            lora_b,
-            plan,
-            scaling,
-            ranks,
-            base_out,
-            row_scale,
-            dropout_p,
-            training,
-            backend,
-        )
+        *(x, lora_a, lora_b, plan, scaling, ranks, base_out),
+        *(row_scale, dropout_p, training, backend),
     )
     seed = new_seed(call.x.device) if call.dropout_p else None
     if base_out is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -134,19 +123,8 @@ def explain_multi_lora(
 ) -> Explanation:
     """Which backend a call of ``multi_lora`` would run on; same arguments."""
     call = _check(
-        *(
-            x,
-            lora_a,
-            lora_b,
-            plan,
-            scaling,
-            ranks,
-            base_out,
-            row_scale,
-            dropout_p,
-            training,
-            backend,
-        )
+        *(x, lora_a, lora_b, plan, scaling, ranks, base_out),
+        *(row_scale, dropout_p, training, backend),
     )
     return Explanation(
         tuple(
