@@ -23,7 +23,13 @@ def accelerate(model: nn.Module) -> Report:
     """Makes the adapters of a PEFT or `adapters` model fast, in place.
 
     In a PEFT model every ``peft.tuners.lora.Linear`` over a plain ``nn.Linear`` or ``Conv1D`` computes
-    with ``pelt_fast.functional.lora_linear`` from then on. In a model of the `adapters` library every
+    with ``pelt_fast.functional.lora_linear`` from then on, and with ``multi_lora`` where each sample of a
+    batch names its adapter: ``model(..., adapter_names=["a", "b", "__base__"])``, and likewise ``generate``.
+    Such a batch also trains, which it does not in PEFT: make the adapters trainable by
+    ``model.set_requires_grad(["a", "b"])``, and accelerate the ``PeftModel`` itself, not a part of it. If the
+    model has other PEFT modules (embeddings, ``modules_to_save``), training raises PEFT's error. In eval
+    the adapters of the batch are stacked once and again when they change; on a GPU a write through
+    ``parameter.data`` in place is not noticed. In a model of the `adapters` library every
     bottleneck layer computes with ``pelt_fast.functional.bottleneck_adapter``: one adapter together
     with the residuals and the layernorm around it, several of a composition (``Stack``, ``Split``,
     ``Parallel``, ``BatchSplit``, ``Average``) one by one. A model with layers of both has both.
@@ -31,7 +37,8 @@ def accelerate(model: nn.Module) -> Report:
     The layers stay the same objects, with the same parameters, ``state_dict`` keys and saved files.
     Scalings, active adapters, setups, merging, disabling, dropout and training mode are read at each
     call, so the libraries' own methods go on working. Where a call is not served, the library's own
-    forward runs: in PEFT for merged or disabled adapters, ``adapter_names``, DoRA and other variants;
+    forward runs: in PEFT for merged or disabled adapters, DoRA and other variants, and mixed batches of
+    unequal dropout;
     in `adapters` for ``Fuse``, Compacter, activations that kernels do not have, and when gating scores
     are wanted; in both for hooks on inner layers and mixed dtypes.
 

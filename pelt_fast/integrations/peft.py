@@ -1,27 +1,33 @@
-"""PEFT: its LoRA linear layers compute with ``pelt_fast.functional.lora_linear``.
+"""PEFT: its LoRA linear layers compute with ``lora_linear``, and mixed batches with ``multi_lora``.
 
 A layer is made fast by giving it another class, a subclass of PEFT's that differs in ``forward``
 alone, and restored by giving it PEFT's back. Nothing is stored on the layer, so copies, pickles,
-replicas, hooks and wrappers work on it as they did, and no class and no global is touched.
+replicas, hooks and wrappers work on it as they did, and no class and no global is touched. The
+``LoraModel`` around the layers gets a class of its own too, which lets ``adapter_names`` train.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
+import torch
+from peft.tuners.lora import LoraModel
 from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..functional import explain, lora_linear
-from .obstacles import dtype_name
+from ..functional import explain, lora_linear, multi_lora
+from .obstacles import dtype_name, type_name
+from .peft_mixed import forget, forget_trained, mixed_operands, recomputed_names, remembered
 from .peft_operands import Operands, kind_obstacle, operands
 from .report import Report
 
 _REPORT_TOKENS = 2048  # for how many tokens a report names the backends
+_IN_TRAINING = "Cannot pass `adapter_names` when the model is in training mode."  # PEFT's words
 
 
 class AcceleratedLinear(lora.Linear):
@@ -29,12 +35,84 @@ class AcceleratedLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As ``peft.tuners.lora.Linear.forward``, which runs wherever a call is not served."""
+        if not torch.compiler.is_compiling():
+            names = kwargs.get("adapter_names") if kwargs else recomputed_names(self)
+            if names is not None and not args and len(kwargs) < 2:
+                return self._mixed_forward(x, names)
+            forget_trained(self)
         if args or kwargs:
             return super().forward(x, *args, **kwargs)
         found = operands(self, x)
         if isinstance(found, str):
             return super().forward(x)
         return lora_linear(x, **found, training=True)
+
+    def _mixed_forward(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        self._check_forward_args(x, adapter_names=names)
+        found = mixed_operands(self, x, names)
+        if isinstance(found, str):
+            forget_trained(self)
+            for name in names:
+                if self.training and name in self.lora_variant:
+                    raise ValueError(f"{_IN_TRAINING} {found}")
+            return super().forward(x, adapter_names=names)
+        out: Tensor = self.base_layer(x)
+        if found is None:
+            return out
+        arguments, biases = found
+        if biases is not None:
+            out = (out + biases.view(out.shape)).to(out.dtype)
+        return multi_lora(x, **arguments, base_out=out, training=True)
+
+
+class AcceleratedModel(LoraModel):
+    """PEFT's LoRA model, whose ``adapter_names`` train too. ``pelt_fast.accelerate`` makes its instances."""
+
+    training: bool
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names, offsets = kwargs.get("adapter_names"), kwargs.get("alora_offsets")
+        if names is None and offsets is None:
+            yield
+            return
+        hooks = super()._enable_peft_forward_hooks(*args, **kwargs)
+        if names is None or offsets is not None:
+            with hooks:
+                yield
+            return
+        training = self.training
+        layers = self._served_layers(training)
+        self.training = False  # of which PEFT asks this module alone, and here alone
+        try:
+            hooks.__enter__()
+        finally:
+            self.training = training
+        try:
+            with remembered(self, names, layers):
+                yield
+        finally:
+            hooks.__exit__(None, None, None)  # PEFT itself leaves its hooks behind after an error
+
+    def _served_layers(self, training: bool) -> frozenset[nn.Module]:
+        """The LoRA layers that are ours; in training they must be all."""
+        layers = []
+        for name, module in self.named_modules():
+            if isinstance(module, AcceleratedLinear):
+                layers.append(module)
+            elif training and isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                raise ValueError(
+                    f"{_IN_TRAINING} It trains where pelt_fast serves every layer, but {name} is a {type_name(module)}"
+                )
+        return frozenset(layers)
+
+
+class _Accelerated(list[nn.Module]):
+    """Accelerated layers, and the models around them, which do not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.models: list[nn.Module] = []
 
 
 def has_layers(model: nn.Module) -> bool:
@@ -49,6 +127,8 @@ def accelerate(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         if isinstance(module, lora.MultiheadAttention):
             inside_attention.update(module.modules())
+        if type(module) is LoraModel:
+            module.__class__ = AcceleratedModel
         if isinstance(module, AcceleratedLinear):
             report.already.append(name)
         elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
@@ -76,21 +156,24 @@ def accelerated_layers(model: nn.Module) -> list[nn.Module]:
     Raises:
         RuntimeError: another library has put its own class over one of them.
     """
-    layers: list[nn.Module] = []
+    found = _Accelerated()
     for name, module in model.named_modules():
-        if isinstance(module, AcceleratedLinear):
-            if type(module) is not AcceleratedLinear:
+        if isinstance(module, (AcceleratedLinear, AcceleratedModel)):
+            if type(module) not in (AcceleratedLinear, AcceleratedModel):
                 raise RuntimeError(
                     f"cannot restore {name!r}: another library has since made it a "
                     f"{type(module).__name__}; undo that first"
                 )
-            layers.append(module)
-    return layers
+            (found if isinstance(module, AcceleratedLinear) else found.models).append(module)
+    return found
 
 
 def restore(layers: list[nn.Module]) -> None:
     """Gives accelerated layers PEFT's class back; see ``pelt_fast.restore``."""
+    for module in layers.models if isinstance(layers, _Accelerated) else ():
+        module.__class__ = LoraModel
     for module in layers:
+        forget(module)
         module.__class__ = lora.Linear
         _rebind_forward(module, AcceleratedLinear.forward, lora.Linear.forward)
 

@@ -62,30 +62,16 @@ def operands(layer: lora.Linear, x: Tensor | None = None) -> Operands | str:
     Returns:
         The arguments, or the reason why PEFT's forward must run.
     """
-    if layer._disable_adapters:
-        return "its adapters are disabled"
-    if layer.merged_adapters:
-        return f"adapter {_names(layer.merged_adapters)} is merged into the base weight"
-    if not layer.cast_input_dtype_enabled:
-        return "the cast of its input is disabled"
-    if _has_any_global_hook():
-        return "a global module hook is registered"
-    base = layer._modules["base_layer"]
-    weight, bias = parameter(base, "weight"), parameter(base, "bias")
-    autocast = isinstance(x, Tensor) and is_autocast(x.device.type)
-    obstacle = (
-        module_obstacle(base, _BASE, "base_layer")
-        or tensor_obstacle(weight, "base weight")
-        or _input_obstacle(x, weight, autocast)
-    )
+    obstacle = state_obstacle(layer, x)
     if obstacle is not None:
         return obstacle
-    if bias is not None and bias.dtype is not weight.dtype and not autocast:
-        return f"base bias is {dtype_name(bias.dtype)}, base weight {dtype_name(weight.dtype)}"
+    base = layer._modules["base_layer"]
+    weight, bias = parameter(base, "weight"), parameter(base, "bias")
+    autocast = is_cast(x)
     adapters = []
     for name in layer.active_adapters:
         if name in layer._modules["lora_A"]._modules:  # it may be active elsewhere in the model
-            adapter = _adapter(layer, name, weight, autocast)
+            adapter = adapter_operands(layer, name, weight, autocast)
             if isinstance(adapter, str):
                 return f"adapter {name!r}: {adapter}"
             adapters.append(adapter)
@@ -104,7 +90,35 @@ def operands(layer: lora.Linear, x: Tensor | None = None) -> Operands | str:
     }
 
 
-def _adapter(
+def state_obstacle(layer: lora.Linear, x: Tensor | None) -> str | None:
+    """Why no adapter of the layer can be served at this moment; x as ``operands`` takes it."""
+    if layer._disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged_adapters:
+        return f"adapter {_names(layer.merged_adapters)} is merged into the base weight"
+    if not layer.cast_input_dtype_enabled:
+        return "the cast of its input is disabled"
+    if _has_any_global_hook():
+        return "a global module hook is registered"
+    base = layer._modules["base_layer"]
+    weight, bias = parameter(base, "weight"), parameter(base, "bias")
+    autocast = is_cast(x)
+    obstacle = (
+        module_obstacle(base, _BASE, "base_layer")
+        or tensor_obstacle(weight, "base weight")
+        or _input_obstacle(x, weight, autocast)
+    )
+    if obstacle is None and bias is not None and bias.dtype is not weight.dtype and not autocast:
+        return f"base bias is {dtype_name(bias.dtype)}, base weight {dtype_name(weight.dtype)}"
+    return obstacle
+
+
+def is_cast(x: Any) -> bool:
+    """Whether autocast is on where x is."""
+    return isinstance(x, Tensor) and is_autocast(x.device.type)
+
+
+def adapter_operands(
     layer: lora.Linear, name: str, weight: Tensor, autocast: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, float, float] | str:
     """lora_a, lora_b, lora_bias, scaling and dropout_p of one adapter, or the reason against it."""

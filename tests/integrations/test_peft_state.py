@@ -199,9 +199,10 @@ def test_disabling_adapters(pair, served, compare) -> None:
 
 
 def test_a_batch_of_mixed_adapters(pair, served, compare, assert_same) -> None:
+    # more in test_peft_mixed_batch.py
     names = ["second", "__base__", "default"]
     mixed = compare(*pair, adapter_names=names)
-    assert not served
+    assert not served, "that is for batches of one adapter"
     whole = compare(*pair)
     assert_same(mixed[2], whole[2])
     assert not torch.allclose(mixed[:2], whole[:2])
