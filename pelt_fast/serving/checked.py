@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import patterns
 from .config import AdapterConfig, parse
 from .files import Layout, Stored
 from .layer import ServedLinear
@@ -32,15 +33,16 @@ def check(stored: Stored, targets: Targets, max_rank: int) -> dict[str, Piece]:
     Raises:
         ValueError: something in the adapter does not fit.
     """
+    scalings = {}
     try:
-        config = parse(stored.config)
-        keys = _keys(stored.layouts, targets)
-        _check_modules(config, keys, targets)
-        scalings = {}
-        for module, (a, b) in keys.items():
-            layer = targets.layers[module]
-            _check_layout(module, layer, stored.layouts[a], stored.layouts[b], config, max_rank)
-            scalings[module] = config.scaling_of(module)
+        with patterns.limited():
+            config = parse(stored.config)
+            keys = _keys(stored.layouts, targets)
+            _check_modules(config, keys, targets)
+            for module, (a, b) in keys.items():
+                layer = targets.layers[module]
+                _check_layout(module, layer, stored.layouts[a], stored.layouts[b], config, max_rank)
+                scalings[module] = config.scaling_of(module)
     except ValueError as error:
         raise ValueError(f"{stored.origin}: {error}") from None
     values = stored.read()
@@ -89,7 +91,10 @@ def _split(name: str) -> tuple[str, str]:
     elif ".lora_A." in name or ".lora_B." in name:
         reason = f"not called as PEFT saves it, {_PREFIX}<module>.lora_A.weight and .lora_B.weight"
     else:
-        reason = "no LoRA weight: a bias or a saved module, which the pool does not serve"
+        reason = (
+            "no LoRA weight: a bias, a saved module, or an embedding, which the pool does not serve "
+            "(save_pretrained(..., save_embedding_layers=False) leaves the base's embeddings out)"
+        )
     raise ValueError(f"{name[:200]} is {reason}")
 
 

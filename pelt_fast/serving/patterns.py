@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
@@ -20,12 +22,24 @@ with warnings.catch_warnings():
         import sre_parse as _sre
 
 _LENGTH = 2000
+_STEPS = 2_000_000  # a pattern and a name take some hundreds
+_left: ContextVar[list[int] | None] = ContextVar("pelt_fast_pattern_steps", default=None)
 _PLAIN = re.compile(r"[\w.\-]*", re.ASCII)
 _WORDS: dict[str, Callable[[str], bool]] = {
     "CATEGORY_DIGIT": str.isdecimal,
     "CATEGORY_SPACE": str.isspace,
     "CATEGORY_WORD": lambda c: c.isalnum() or c == "_",
 }
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """Within the block all matching together may take some seconds; ValueError then."""
+    token = _left.set([_STEPS])
+    try:
+        yield
+    finally:
+        _left.reset(token)
 
 
 def is_plain(pattern: str) -> bool:
@@ -41,8 +55,7 @@ def fullmatch(pattern: str, name: str) -> bool:
     """
     if is_plain(pattern):
         return re.fullmatch(pattern, name) is not None
-    tree = _parsed(pattern)
-    return len(name) in _Matcher(name).sequence(tree, 0)
+    return _matched(pattern, name)
 
 
 def ends_with(pattern: str, name: str) -> bool:
@@ -50,6 +63,11 @@ def ends_with(pattern: str, name: str) -> bool:
     if is_plain(pattern):
         return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
     return fullmatch(rf"(.*\.)?({pattern})", name)
+
+
+@lru_cache(maxsize=2**14)
+def _matched(pattern: str, name: str) -> bool:
+    return len(name) in _Matcher(name).sequence(_parsed(pattern), 0)
 
 
 @lru_cache(maxsize=256)
@@ -109,8 +127,15 @@ class _Matcher:
     def __init__(self, text: str) -> None:
         self.text = text
         self.known: dict[tuple[int, int], frozenset[int]] = {}
+        self.left = _left.get() or [_STEPS]
+
+    def count(self) -> None:
+        self.left[0] -= 1
+        if self.left[0] <= 0:
+            raise ValueError("its patterns take too long to match")
 
     def sequence(self, items: Any, start: int) -> frozenset[int]:
+        self.count()
         key = (id(items), start)
         if key not in self.known:
             places = frozenset((start,))
@@ -123,6 +148,7 @@ class _Matcher:
         return frozenset(end for place in places for end in self.item(item, place))
 
     def item(self, item: Any, at: int) -> frozenset[int]:
+        self.count()
         op, value = item
         name = str(op)
         if name in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
