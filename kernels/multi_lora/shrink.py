@@ -74,8 +74,11 @@ def default_config(problem: Any) -> ShrinkConfig:
     wide = itemsize(problem.dtype) == 4
     block_r = power_of_two(problem.rank, 16, 64)
     masked = problem.dropout and forward
-    # A mask whose elements each make their own Philox call takes four times the registers.
-    block_k = 32 if wide or (masked and reduced % 4) else (64 if masked else 128)
+    # What is loaded one element at a time takes more registers, and four times as many a mask whose elements each make
+    # their own Philox call.
+    sizes = (problem.in_features,) if forward else problem.out_features
+    ragged = any(size % 8 for size in (*sizes, *problem.ranks))
+    block_k = 32 if wide or ragged else (64 if masked else 128)
     block_k = min(block_k, power_of_two(reduced, 16))
     # At most sixteen parts, of two blocks or more.
     part = block_k * max(cdiv(cdiv(reduced, block_k), 16), 2)
@@ -84,7 +87,8 @@ def default_config(problem: Any) -> ShrinkConfig:
     programs = cdiv(problem.tokens, block_t) * len(problem.out_features)
     programs *= cdiv(problem.rank, block_r)
     split = 2 * programs <= sm_count(problem.arch) and (tile == 16 or problem.tokens <= 2048)
-    return ShrinkConfig(tile, block_t, block_k, block_r, part, split and reduced > part)
+    split = split and reduced > part
+    return ShrinkConfig(tile, block_t, block_k, block_r, part, split, 8 if wide and ragged else 4)
 
 
 def candidate_configs(problem: Any) -> Iterator[ShrinkConfig]:
