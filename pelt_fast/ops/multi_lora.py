@@ -191,10 +191,21 @@ def _backward(
     )
     return (
         from_rows(dx, x.shape) if need_dx else x.new_empty(0),
-        list(da) if need_da else [a.new_empty(0) for a in lora_a],
-        list(db) if need_db else [b.new_empty(0) for b in lora_b],
+        _like(da, lora_a) if need_da else [a.new_empty(0) for a in lora_a],
+        _like(db, lora_b) if need_db else [b.new_empty(0) for b in lora_b],
         drow_scale if need_drow_scale else _scales(x, 0),
     )
+
+
+def _like(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """In the order of the parameters' memory, as autograd keeps a gradient without a copy of it."""
+    found = []
+    for gradient, p in zip(gradients, parameters, strict=True):
+        fits = gradient.stride() == p.stride()
+        if not fits:  # a parameter that is dense in no order has its gradient in some order
+            fits = gradient.stride() == torch.empty_like(p, device="meta").stride()
+        found.append(gradient if fits else torch.empty_like(p).copy_(gradient))
+    return found
 
 
 def _scales(x: Tensor, size: int) -> Tensor:
@@ -208,8 +219,8 @@ def _gradients_like(
     need_dx, need_da, need_db, need_drow_scale = needs
     return (
         x.new_empty(x.shape if need_dx else 0),
-        [a.new_empty(a.shape if need_da else 0) for a in lora_a],
-        [b.new_empty(b.shape if need_db else 0) for b in lora_b],
+        [torch.empty_like(a) if need_da else a.new_empty(0) for a in lora_a],
+        [torch.empty_like(b) if need_db else b.new_empty(0) for b in lora_b],
         _scales(x, prod(x.shape[:-1]) if need_drow_scale else 0),
     )
 
