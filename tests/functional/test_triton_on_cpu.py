@@ -1,4 +1,4 @@
-"""The whole way from `lora_linear` through autograd, operators and dispatch into interpreted Triton kernels.
+"""The whole way from the function through autograd, operators and dispatch into interpreted Triton kernels.
 
 What the kernels compute, shape by shape, is for `tests/kernels`; here it is that they are called rightly.
 """
@@ -10,7 +10,8 @@ import torch
 
 from pelt_fast import functional as PF
 from pelt_fast.env import Env
-from pelt_fast.testing import oracle
+from pelt_fast.testing import multi_lora_oracle, multi_lora_workloads, oracle
+from pelt_fast.testing.multi_lora_tolerance import assert_accurate as assert_multi_accurate
 from pelt_fast.testing.tolerance import assert_accurate
 from pelt_fast.testing.workloads import CASES
 
@@ -41,3 +42,29 @@ def test_matches_the_oracle(case, dtype, interpreted):
 
     results, keep = oracle.run_with_masks(call, inputs)
     assert_accurate(results, inputs, keep)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        c
+        for c in multi_lora_workloads.CASES
+        if c.name in ("everything", "ids_outside", "base_permuted", "scale_zero", "no_tokens")
+    ],
+    ids=str,
+)
+def test_multi_lora_matches_the_oracle(case, dtype, interpreted):
+    inputs = case.make(dtype)
+
+    def call(leaves):
+        y = PF.multi_lora(*leaves.args, **leaves.kwargs, backend="triton")
+        return multi_lora_oracle.joined(y)
+
+    results, keep = multi_lora_oracle.run_with_masks(call, inputs)
+    assert_multi_accurate(results, inputs, keep)
+    expected = results["y"]
+    with torch.no_grad():
+        torch.manual_seed(0)
+        y = PF.multi_lora(*inputs.args, **inputs.kwargs, backend="triton")
+    assert torch.equal(multi_lora_oracle.joined(y), expected)
