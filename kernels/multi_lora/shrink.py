@@ -86,7 +86,8 @@ def default_config(problem: Any) -> ShrinkConfig:
     block_t = 16 if tile == 16 else 32
     programs = cdiv(problem.tokens, block_t) * len(problem.out_features)
     programs *= cdiv(problem.rank, block_r)
-    split = 2 * programs <= sm_count(problem.arch) and (tile == 16 or problem.tokens <= 2048)
+    # Forward, every block of columns of the expand sums the partials once more: that pays for few tokens alone.
+    split = 2 * programs <= sm_count(problem.arch) and (tile == 16 or not forward)
     split = split and reduced > part
     return ShrinkConfig(tile, block_t, block_k, block_r, part, split, 8 if wide and ragged else 4)
 
