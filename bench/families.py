@@ -4,8 +4,9 @@ from .adapter import FAMILY as ADAPTER
 from .case import Case
 from .family import Family
 from .lora import FAMILY as LORA
+from .multi_lora import FAMILY as MULTI_LORA
 
-FAMILIES = {family.name: family for family in (LORA, ADAPTER)}
+FAMILIES = {family.name: family for family in (LORA, ADAPTER, MULTI_LORA)}
 
 
 def family_of(case: Case) -> Family:

@@ -10,15 +10,25 @@ from . import finetune_tables
 from .adapter import tables as adapter_tables
 from .environment import BUSY_LOAD
 from .lora import tables as lora_tables
+from .multi_lora import tables as multi_lora_tables
 from .results import Results, rows_of
 from .tables import TextTable
+from .users import tables as users_tables
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-SECTIONS: dict[str, Any] = {"lora": lora_tables, "adapter": adapter_tables}
+SECTIONS: dict[str, Any] = {
+    "lora": lora_tables,
+    "adapter": adapter_tables,
+    "multi_lora": multi_lora_tables,
+}
 """By family, what has a TITLE, `tables` and `headlines`."""
+USERS_FAMILY = "multi_lora"
+"""Whose section the users of one model stand in."""
 PICTURES = {
     "overhead.png": "PELT overhead of the LoRA linear by shape",
     "adapter.png": "Cost of a bottleneck adapter by shape, in units of the layernorm",
+    "multi_lora.png": "Cost of batched multi-LoRA by shape, and by how the tokens name their adapters",
+    "users.png": "64 users on one MiniLM: requests a second, step time, losses",
     "finetune.png": "MiniLM fine-tunes, loss and step time",
 }
 
@@ -27,6 +37,7 @@ def tables(results: Results, family: str) -> list[TextTable]:
     """Every table of a family that has a row."""
     found = [
         finetune_tables.table(finetunes_of(results, family)),
+        *(users_tables.tables(results.get("users")) if family == USERS_FAMILY else []),
         *SECTIONS[family].tables(rows_of(results, family), results["meta"]),
     ]
     return [table for table in found if table.rows]
@@ -35,6 +46,7 @@ def tables(results: Results, family: str) -> list[TextTable]:
 def headlines(results: Results, family: str) -> list[str]:
     """The family's results in a few sentences."""
     lines = [finetune_tables.headline(one) for one in finetunes_of(results, family)]
+    lines += users_tables.headlines(results.get("users")) if family == USERS_FAMILY else []
     return lines + SECTIONS[family].headlines(rows_of(results, family))
 
 

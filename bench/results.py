@@ -12,15 +12,22 @@ from typing import Any
 from .families import FAMILIES
 from .finetune import FineTune
 from .measure import Entry, Row
+from .users.tables import lines as lines_of_users
 
 Results = dict[str, Any]
 
 
-def collect(meta: dict[str, Any], rows: Sequence[Row], finetunes: Sequence[FineTune]) -> Results:
+def collect(
+    meta: dict[str, Any],
+    rows: Sequence[Row],
+    finetunes: Sequence[FineTune],
+    users: dict[str, Any] | None = None,
+) -> Results:
     return {
         "meta": meta,
         "kernels": [_row(row) for row in _in_order(rows)],
         "finetune": [_finetune(one) for one in finetunes],
+        "users": _rounded(users),
     }
 
 
@@ -39,6 +46,7 @@ def save(results: Results, folder: Path) -> None:
     (folder / "results.json").write_text(json.dumps(results, indent=1, default=_plain) + "\n")
     _write_csv(folder / "kernels.csv", list(_flat_kernels(results)))
     _write_csv(folder / "finetune.csv", list(_flat_finetune(results)))
+    _write_csv(folder / "users.csv", lines_of_users(results.get("users")))
 
 
 def load(folder: Path) -> Results:
@@ -64,6 +72,7 @@ def merged(new: Results, folder: Path) -> Results:
         **new,
         "kernels": fresh_or_old("kernels", lambda row: row["family"]),
         "finetune": fresh_or_old("finetune", lambda one: one["plan"]["method"]),
+        "users": new.get("users") or old.get("users"),
     }
 
 

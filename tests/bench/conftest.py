@@ -24,7 +24,7 @@ def steps() -> Any:
 
 @pytest.fixture
 def results() -> dict[str, Any]:
-    """Of each family two rows, one won and one lost, one that did not run, and a tiny fine-tune."""
+    """Of each family two rows, one won and one lost, one that did not run; a tiny fine-tune, and users."""
 
     def stat(ms: float) -> dict[str, float]:
         return {"median": ms, "p20": 0.9 * ms, "p80": 1.1 * ms}
@@ -49,6 +49,16 @@ def results() -> dict[str, Any]:
         shape = {
             "lora": {"label": f"{tokens} × 768 → 768", "in_features": 768, "out_features": 768},
             "adapter": {"label": f"{tokens} × 768 → 48", "features": 768, "bottleneck": 48},
+            "multi_lora": {
+                "label": f"{tokens} × 768 → 768, 64 adapters",
+                "in_features": 768,
+                "out_features": 768,
+                "adapters": 64,
+                "rank": 16,
+                "ids": "even",
+                "used_adapters": 64,
+                "adapter_bytes": 1 << 20,
+            },
         }[family]
         return {
             "family": family,
@@ -81,6 +91,48 @@ def results() -> dict[str, Any]:
         row("adapter", 2048, **quick, ours=entry(30.0, 1.67, error_ratio={"max": 1, "mean": 1.2})),
         row("adapter", 8192, not_run="estimated 77 s"),
     ]
+    loop = {"frozen": entry(10.0), "loop": entry(20.0), "gather": entry(15.0)}
+    multi = [
+        row("multi_lora", 64, **loop, ours=entry(11.0, 0.1)),
+        row("multi_lora", 2048, **loop, ours=entry(21.0, 1.1)),
+        *(
+            {**row("multi_lora", 64, **loop, ours=entry(12.0, 0.2)), "ids": ids, "rank": rank}
+            for ids, rank in (("identical", 16), ("uniform", 16), ("identical", 128))
+        ),
+        row("multi_lora", 8192, not_run="estimated 55 s"),
+    ]
+    task = {"mixed": [0.7, 0.6], "alone": [0.7, 0.5], "accuracy": 0.6, "apart": 0.0}
+    users = {
+        "users": 64,
+        "rank": 8,
+        "plan": {"present": 6, "samples": 2, "length": 24, "steps": 2, "timed": 1},
+        "wrong": [],
+        "tasks": [
+            {"name": f"task {i}", "what": "this", "classes": 2, "among_strangers": same, **task}
+            for i, same in enumerate((True, False, *[None] * 6))
+        ],
+        "largest_difference": 0.1,
+        "gradients": [144, 144],
+        "others_unchanged": True,
+        "step_ms": {
+            kind: stat(10.0 + i) for i, kind in enumerate(("frozen", "mixed", "loop", "alone"))
+        },
+        "serving": {
+            "requests": 64,
+            "batch": 32,
+            "rounds": 3,
+            "stream_ms": {
+                "none": stat(100.0),
+                "ours": stat(125.0),
+                "loop": stat(250.0),
+                "merged": stat(120.0),
+                "merged by user": stat(400.0),
+            },
+            "errors": {"ours": 1e-6},
+            "adapter_bytes": 1 << 24,
+            "merged_bytes": 1 << 28,
+        },
+    }
     return {
         "meta": {
             "device": "Some CPU",
@@ -93,7 +145,7 @@ def results() -> dict[str, Any]:
             "versions": {"torch": "2.13.0", "triton": None},
             "load_average": 0.1,
         },
-        "kernels": [won, lost, row("lora", 8192, not_run="estimated 99 s"), *adapters],
+        "kernels": [won, lost, row("lora", 8192, not_run="estimated 99 s"), *adapters, *multi],
         "finetune": [
             {
                 "plan": {"method": method, **plan},
@@ -105,4 +157,5 @@ def results() -> dict[str, Any]:
             }
             for method in ("lora", "adapter")
         ],
+        "users": users,
     }

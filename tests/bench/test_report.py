@@ -16,7 +16,7 @@ Results = dict[str, Any]
 
 def test_losses_are_shown_and_marked(results: Results) -> None:
     text = report.markdown(results, Path("/nowhere/results"), Path("/nowhere"))
-    (won,) = (line for line in text.splitlines() if "| 11.00 |" in line)
+    (won,) = (line for line in text.splitlines() if "| 14.00 | 11.00 |" in line)
     (lost,) = (line for line in text.splitlines() if "| 46.00 |" in line)
     assert LOST not in won
     assert "+0.25" in won
@@ -35,6 +35,42 @@ def test_adapters_are_compared_with_the_layernorm_and_with_eager(results: Result
     assert "fp32, mean of 2 row(s): forward and backward take 0.77 × eager's time" in lines
 
 
+def test_multi_lora_is_compared_with_the_frozen_linear_and_the_loop(results: Results) -> None:
+    found = {table.title: table for table in report.tables(results, "multi_lora")}
+    (steps,) = (table for title, table in found.items() if "r = 16, forward + backward" in title)
+    won, lost = (dict(zip(steps.columns, row, strict=True)) for row in steps.rows)
+    assert (won["ours / frozen"], won["ours / loop"], won["overhead"]) == ("1.10", "0.55", "+0.10")
+    assert (lost["ours / loop"], lost["overhead"]) == (f"1.05 {LOST}", f"+1.10 {LOST}")
+    (kinds,) = (table for title, table in found.items() if "who names whom" in title)
+    assert len(kinds.rows) == 3
+    first = dict(zip(kinds.columns, kinds.rows[0], strict=True))
+    assert (first["loop − frozen"], first["ours − frozen"], first["their MiB"]) == (
+        "10.00",
+        "2.00",
+        "1.00",
+    )
+    lines = " ".join(report.headlines(results, "multi_lora"))
+    assert "forward + backward +0.60 (1.52 × the frozen linear)" in lines
+    assert "Slower than the loop in 1 of 5 rows" in lines
+
+
+def test_users_are_compared_with_every_way_to_serve_them(results: Results) -> None:
+    served, steps, tasks = report.tables(results, "multi_lora")[:3]
+    cells = {row[0]: row for row in served.rows}
+    assert cells["ours, mixed batches"][1:4] == ["512", "0.80", "–"]
+    assert cells["loop over the users of a batch"][3] == "2.00 ×"
+    assert cells["merge for each user of a batch"][3] == f"0.96 × {LOST}"
+    assert [row[3] for row in steps.rows] == ["1.00", "1.10", "1.20", "1.30"]
+    assert [row[8] for row in tasks.rows[:3]] == ["bitwise equal", "not equal", "–"]
+    lines = report.headlines(results, "multi_lora")
+    assert "512 requests a second" in lines[0]
+    results["users"]["wrong"] = ["an adapter without a token has changed"]
+    assert f"WRONG {LOST}: an adapter without a token has changed." in report.headlines(
+        results, "multi_lora"
+    )
+    assert report.tables({**results, "users": None}, "multi_lora")[0].title not in served.title
+
+
 @pytest.mark.parametrize(("ratio", "is_lost"), [(0.98, False), (1.004, False), (1.006, True)])
 def test_a_near_tie_is_no_loss(ratio: float, is_lost: bool) -> None:
     assert lost(ratio) == is_lost
@@ -46,6 +82,7 @@ def test_a_near_tie_is_no_loss(ratio: float, is_lost: bool) -> None:
     [
         ("lora", ["fp32 8192 × 768 → 768", "estimated 99 s"]),
         ("adapter", ["fp32 8192 × 768 → 48", "estimated 77 s"]),
+        ("multi_lora", ["fp32 8192 × 768 → 768, 64 adapters", "estimated 55 s"]),
     ],
 )
 def test_rows_that_did_not_run_are_listed_with_the_reason(
@@ -101,13 +138,19 @@ def test_files(results: Results, tmp_path: Path) -> None:
         ("2048", "46.0", "1.5"),
     ]
     ours = [x for x in lines if x["contender"] == "ours" and x["pass"] == "forward"]
+    assert [x["ids"] for x in ours[2:]] == ["even", "even", "identical", "uniform", "identical"]
+    ours = [x for x in ours if x["family"] == "adapter"]
     assert [(x["features"], x["bottleneck"]) for x in ours] == [("768", "48")] * 2
     notes = [x["note"] for x in lines if x["note"]]
-    assert notes == ["not run: estimated 99 s", "not run: estimated 77 s"]
+    assert notes == [f"not run: estimated {seconds} s" for seconds in (99, 77, 55)]
     with (tmp_path / "finetune.csv").open(newline="") as file:
         lines = [x for x in csv.DictReader(file) if x["kind"] == "eager"]
     assert [x["loss"] for x in lines] == ["0.7", "0.6", "0.5"] * 2
     assert [x["method"] for x in lines] == ["lora"] * 3 + ["adapter"] * 3
+    with (tmp_path / "users.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 8 * 2 * 2 + 4 + 5
+    assert [x["median_ms"] for x in lines if x["kind"] == "merged"] == ["120.0"]
 
 
 def test_what_was_not_run_is_kept(results: Results, tmp_path: Path) -> None:
@@ -118,7 +161,10 @@ def test_what_was_not_run_is_kept(results: Results, tmp_path: Path) -> None:
         "meta": {"commit": "new"},
         "kernels": results["kernels"],
         "finetune": [*again, results["finetune"][1]],
+        "users": results["users"],
     }
+    users = {"wrong": ["again"]}
+    assert records.merged({**new, "users": users}, tmp_path)["users"] == users
 
 
 def test_pictures(results: Results, tmp_path: Path) -> None:
@@ -126,9 +172,9 @@ def test_pictures(results: Results, tmp_path: Path) -> None:
     from bench import plots
 
     drawn = plots.plot_all(results, tmp_path)
-    assert [path.name for path in drawn] == ["overhead.png", "adapter.png", "finetune.png"]
+    assert [path.name for path in drawn] == list(report.PICTURES)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
-    empty = {**results, "kernels": [], "finetune": []}
+    empty = {**results, "kernels": [], "finetune": [], "users": None}
     assert plots.plot_all(empty, tmp_path) == []
     assert not any(path.exists() for path in drawn)
 
