@@ -14,12 +14,21 @@ from pelt_fast.testing.multi_lora_workloads import MultiLoRACase
     "case",
     [
         MultiLoRACase("no_base", (4,), 4, (3,), 2, (2,), base=False),
-        MultiLoRACase("one_dim", (), 4, (3,), 2, (3,), "identical", row_scale="number"),
+        pytest.param(
+            MultiLoRACase("one_dim", (), 4, (3,), 2, (3,), "identical", row_scale="number"),
+            marks=pytest.mark.slow,
+        ),
         MultiLoRACase("samples", (2, 2), 3, (2, 1), 2, (2, 1), row_scale="sample"),
-        MultiLoRACase("none", (3,), 4, (3,), 2, (2,), "none", row_scale="token"),
+        pytest.param(
+            MultiLoRACase("none", (3,), 4, (3,), 2, (2,), "none", row_scale="token"),
+            marks=pytest.mark.slow,
+        ),
         MultiLoRACase("gaps", (4,), 3, (2,), 4, (2,), "gaps", row_scale="one"),
         MultiLoRACase("dropout", (3,), 3, (2, 1), 2, (1,), row_scale="token", dropout_p=0.4),
-        MultiLoRACase("dropout_all", (2,), 3, (2,), 2, (1,), row_scale="token", dropout_p=1.0),
+        pytest.param(
+            MultiLoRACase("dropout_all", (2,), 3, (2,), 2, (1,), row_scale="token", dropout_p=1.0),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )

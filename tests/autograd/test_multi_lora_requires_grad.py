@@ -38,7 +38,10 @@ def leaves_of(inputs, heads=NAMES):
 
 
 @pytest.mark.parametrize("wanted", PATTERNS, ids=label)
-@pytest.mark.parametrize("case", [CASE, NONE], ids=["mixed", "no_adapter"])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(CASE, id="mixed"), pytest.param(NONE, id="none", marks=pytest.mark.slow)],
+)
 def test_every_pattern(case, wanted, backend, device):
     inputs = case.make(torch.float32, device)
     names = all_of(inputs, wanted)
@@ -60,6 +63,11 @@ def test_projections_frozen_one_by_one(wanted, backend, device):
     results, keep = backend.run(inputs, wanted)
     assert set(results) == {"y", *wanted}
     assert_accurate(results, inputs, keep)
+
+
+@pytest.mark.parametrize("wanted", PATTERNS[-1:], ids=label)
+def test_no_token_has_an_adapter(wanted, backend, device):
+    test_every_pattern(NONE, wanted, backend, device)
 
 
 @pytest.mark.parametrize("wanted", PATTERNS, ids=label)

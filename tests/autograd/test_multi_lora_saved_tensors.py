@@ -28,7 +28,7 @@ def saved_by(call):
     [("lora_a", "lora_b"), ("lora_b",), ("x",), ("x", "lora_a", "lora_b", "base", "row_scale")],
     ids="+".join,
 )
-@pytest.mark.parametrize("ids", ["mixed", "none"])
+@pytest.mark.parametrize("ids", ["mixed", pytest.param("none", marks=pytest.mark.slow)])
 def test_nothing_new_of_the_size_of_x_or_y(ids, trained, layout, dropout_p, dtype, backend, device):
     case = MultiLoRACase(
         *("", (2, 5), IN, OUT, L, R, ids),

@@ -29,8 +29,8 @@ def cast(inputs, dtype):
     ("of", "dtype"),
     [
         (torch.float32, torch.bfloat16),
-        (torch.float32, torch.float16),
-        (torch.bfloat16, torch.bfloat16),
+        pytest.param(torch.float32, torch.float16, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, torch.bfloat16, marks=pytest.mark.slow),
         (torch.float16, torch.bfloat16),
     ],
     ids=str,

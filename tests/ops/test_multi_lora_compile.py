@@ -15,7 +15,7 @@ from pelt_fast.testing.multi_lora_workloads import EVERYTHING, MultiLoRACase
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 CASES = {
-    "plain": MultiLoRACase("", (2, 3), 24),
+    "one": MultiLoRACase("", (2, 3), 24, rank=(30,), row_scale="token", dropout_p=0.25),
     "everything": MultiLoRACase("", (2, 3), 24, **{**EVERYTHING, "rank": (30, 3, 17)}),
 }
 
@@ -25,6 +25,12 @@ def fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def not_the_reference(backend):
+    if backend.name == "reference":
+        pytest.skip("the graph is the same as the others', and the reference goes row by row")
 
 
 def compiled_layer(backend, compiler, options):
@@ -49,14 +55,14 @@ def results_of(function, inputs, seed=0):
     return oracle.run(call, inputs)
 
 
-@pytest.mark.parametrize("case", [pytest.param("plain", marks=pytest.mark.slow), "everything"])
+@pytest.mark.parametrize("case", ["one", pytest.param("everything", marks=pytest.mark.slow)])
 def test_same_results_for_every_number_of_tokens_from_one_graph(case, backend, device):
     backend.require(CASES[case].make(torch.float32, device))
     counter = CompileCounterWithBackend("aot_eager")
     plain, compiled = compiled_layer(backend, counter, {"dynamic": True})
     compilations = []
     # no size twice, nor the number of tiles: the compiler takes equal sizes for one and the same
-    for tokens in (50, 70, 90):
+    for tokens in (9, 25):
         inputs = replace(CASES[case], shape=(2, tokens)).make(torch.float32, device)
         expected, found = (results_of(function, inputs) for function in (plain, compiled))
         for name, value in expected.items():
@@ -66,14 +72,14 @@ def test_same_results_for_every_number_of_tokens_from_one_graph(case, backend, d
 
 
 def test_other_adapters_in_the_same_plan_need_no_compilation(backend, device):
-    case = CASES["everything"]
+    case = CASES["one"]
     inputs = case.make(torch.float32, device)
     backend.require(inputs)
     counter = CompileCounterWithBackend("aot_eager")
     plain, compiled = compiled_layer(backend, counter, {})
     plan = MultiAdapterPlan([-1] * 6, case.adapters, device=device)
     inputs = replace(inputs, plan=plan)
-    for ids in ([0] * 6, [4, -1, 2, 3, 9, 0], [-1] * 6):
+    for ids in ([0] * 6, [2, -1, 2, 1, 9, 0], [-1] * 6):
         plan.update_(ids)
         expected, found = (results_of(function, inputs) for function in (plain, compiled))
         for name, value in expected.items():
@@ -81,6 +87,7 @@ def test_other_adapters_in_the_same_plan_need_no_compilation(backend, device):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_without_gradients_the_result_is_the_same(backend, device):
     inputs = CASES["everything"].make(torch.float32, device)
     backend.require(inputs)

@@ -66,6 +66,7 @@ def test_backward(need_dx, need_da, need_db, need_drow_scale, dropout, inputs, b
     torch.library.opcheck(multi_lora_bwd, arguments, test_utils=CHECKS)
 
 
+@pytest.mark.slow
 def test_every_check_of_opcheck(inputs, backend):
     """With AOT dispatch and symbolic shapes, which take longer: one call of each operator."""
     backend.require(inputs)
@@ -77,7 +78,9 @@ def test_every_check_of_opcheck(inputs, backend):
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (), (2, 3), (2, 0, 3), (2, 3, 2)], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "expanded"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str
+)
 def test_fakes_promise_what_the_operators_give(shape, layout, dtype, backend, device):
     """Sizes, strides and dtypes: a compiled graph believes the fake."""
     a_layout = "expanded" if layout == "expanded" else "contiguous"

@@ -17,6 +17,7 @@ from pelt_fast.testing.multi_lora_workloads import (
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SOME = [*DTYPES[:2], *(pytest.param(d, marks=pytest.mark.slow) for d in DTYPES[2:])]
 CASE = MultiLoRACase("", (41,), 48, **EVERYTHING)
 SEED = torch.tensor([3])
 
@@ -32,9 +33,18 @@ def reference_rounded_once(inputs, keep):
     return {name: value.to(dtypes[name]) for name, value in oracle.exact(inputs, keep).items()}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", SOME, ids=str)
 @pytest.mark.parametrize(
-    "case", [CASE, *(c for c in MIXED_DTYPE if "chunk" not in c.name)], ids=str
+    "case",
+    [
+        CASE,
+        *(
+            pytest.param(c, marks=[] if c.row_scale else pytest.mark.slow)
+            for c in MIXED_DTYPE
+            if "chunk" not in c.name
+        ),
+    ],
+    ids=str,
 )
 def test_best_and_eager_pass(case, dtype):
     if case.adapter_dtype == torch.float32 and dtype == torch.float64:
@@ -147,7 +157,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", SOME, ids=str)
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_is_caught(wrong, dtype):
     if wrong is one_percent_of_one_scaling and dtype == torch.bfloat16:
