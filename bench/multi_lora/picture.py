@@ -61,7 +61,7 @@ def draw(results: Results, path: Path) -> bool:
         upper = (1 - 1.15 / height, (below + 0.55) / height)
         grid = figure.add_gridspec(
             len(panels), 1, left=0.32, right=0.985, top=upper[0], bottom=upper[1],
-            height_ratios=counts, hspace=0.55 * len(panels) / max(1, sum(counts)) / 0.34,
+            height_ratios=counts, hspace=0.42 * len(panels) / max(1, sum(counts)) / 0.34,
         )  # fmt: skip
         for place, panel in zip(grid, panels, strict=True):
             mine = [row for row in rows if (row["dtype"], row["mode"]) == panel]
@@ -141,7 +141,7 @@ def _popularities(figure: Any, rows: list[Row], height: float) -> None:
         equal = {row["ids"]: row for row in mine if row["rank"] != RANK}
         if "uniform" in usual and equal:
             equal["uniform"] = usual["uniform"]
-        for name in (RIVAL, "gather", MAIN):
+        for name in (RIVAL, MAIN):
             marker, color, _ = SHOWN[name]
             for group, look in (
                 (usual, {"color": color, "ls": "-"}),
@@ -159,8 +159,8 @@ def _popularities(figure: Any, rows: list[Row], height: float) -> None:
     figure.text(
         0.012,
         0.1 / height,
-        "Below the names: adapters in the batch. Solid: r = 16. Dotted: ranks with which the same bytes are read, "
-        "128, 16 and 2.",
+        "Loop and ours; below the names: adapters in the batch. Solid: r = 16. Dotted: ranks with which "
+        "the same bytes are read, 128, 16 and 2.",
         fontsize=8.5,
         color=FAINT,
     )

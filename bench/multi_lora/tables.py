@@ -159,14 +159,23 @@ def _shape_table(rows: Sequence[Row], passes: str, gpu: bool) -> TextTable:
 def _popularity_table(rows: Sequence[Row]) -> TextTable:
     table = TextTable(
         "Multi-LoRA, cost by who names whom, forward (ms, medians)",
-        [HEADING, "adapters in batch", "their MiB", "frozen", "loop", "ours", "loop − frozen"]
+        [
+            "T × in → out",
+            "adapters in batch",
+            "their MiB",
+            "frozen",
+            "loop",
+            "ours",
+            "loop − frozen",
+        ]
         + ["ours − frozen", "overhead", "error / loop", "rounds"],
-        wide=("error / loop", "rounds"),
+        wide=("loop − frozen", "error / loop", "rounds"),
     )
     for row in rows:
+        shape = f"{row['tokens']} × {row['in_features']} → {row['out_features']}"
         table.rows.append(
             [
-                name_of(row),
+                f"{row['dtype']} {shape} {row['ids']}, r {row['rank']}",
                 str(row["used_adapters"]),
                 f"{row['adapter_bytes'] / MIB:.2f}",
                 *(ms(row, name) for name in (FLOOR, RIVAL, MAIN)),

@@ -29,14 +29,24 @@ def draw(results: Results, path: Path) -> bool:
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(WIDTH, HEIGHT))
         left, right = figure.add_gridspec(
-            1, 2, left=0.2, right=0.985, top=0.85, bottom=0.585, wspace=0.85
+            1, 2, left=0.2, right=0.985, top=0.85, bottom=0.6, wspace=0.85
         )
         _throughput(figure.add_subplot(left), users)
         _steps(figure.add_subplot(right), users)
-        below = {"left": 0.055, "right": 0.985, "top": 0.475, "bottom": 0.055}
+        below = {"left": 0.055, "right": 0.985, "top": 0.455, "bottom": 0.05}
         small = figure.add_gridspec(2, 4, hspace=0.55, wspace=0.24, **below)
         for number, task in enumerate(users["tasks"]):
-            _loss(figure.add_subplot(small[number // 4, number % 4]), task, number == 0)
+            _loss(figure.add_subplot(small[number // 4, number % 4]), task)
+        words = "Training loss (mean of up to 10 steps) and held-out accuracy of each user's task: "
+        figure.text(0.012, 0.515, words, fontsize=9)
+        figure.legend(
+            *figure.axes[-1].get_legend_handles_labels(),
+            loc="center left",
+            bbox_to_anchor=(0.62, 0.521),
+            ncols=2,
+            frameon=False,
+            fontsize=9,
+        )
         heading(figure, HEIGHT, f"{users['users']} users on one frozen MiniLM", results)
         figure.savefig(path, dpi=160)
         plt.close(figure)
@@ -85,7 +95,7 @@ def _throughput(axis: Any, users: dict[str, Any]) -> None:
     )
     if "none" in stream:
         axis.axvline(values[0], color=FAINT, lw=1, ls=(0, (4, 3)))
-    caption(axis, "Requests a second, a shuffled stream")
+    caption(axis, "Requests a second")
 
 
 def _steps(axis: Any, users: dict[str, Any]) -> None:
@@ -102,10 +112,10 @@ def _steps(axis: Any, users: dict[str, Any]) -> None:
     if "frozen" in step:
         axis.axvline(values[0], color=FAINT, lw=1, ls=(0, (4, 3)))
     present, samples = users["plan"]["present"], users["plan"]["samples"]
-    caption(axis, f"A training step, {present} users × {samples} samples")
+    caption(axis, f"Training step, {present} × {samples} samples")
 
 
-def _loss(axis: Any, task: dict[str, Any], with_legend: bool) -> None:
+def _loss(axis: Any, task: dict[str, Any]) -> None:
     # alone broad and pale below, mixed thin and dark above: where they agree, both are seen
     for kind, words, look in (
         ("alone", "alone", {"color": GREEN, "lw": 4.5, "alpha": 0.4}),
@@ -117,8 +127,7 @@ def _loss(axis: Any, task: dict[str, Any], with_legend: bool) -> None:
     axis.grid(axis="y", color=GRID, lw=0.7)
     axis.tick_params(length=0, labelsize=8)
     axis.margins(y=0.15)
-    if with_legend:
-        axis.legend(frameon=False, fontsize=7.5, loc="upper right")
+    axis.xaxis.set_major_locator(plt.MaxNLocator(4, integer=True))
 
 
 def _smooth(losses: list[float], window: int = 10) -> np.ndarray:

@@ -33,7 +33,9 @@ def plan_of(budget_s: float, whole: bool) -> Plan:
 def load_model(device: torch.device) -> nn.Module:
     """The encoder, frozen, without dropout."""
     from transformers import AutoModel
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # says that the pooler is left out, which is wanted
     model: nn.Module = AutoModel.from_pretrained(
         data.model_dir(), local_files_only=True, add_pooling_layer=False
     )

@@ -48,7 +48,7 @@ class Heads:
     """Everybody's, side by side; who has fewer classes never chooses the rest."""
 
     def __init__(self, trainee: Trainee, device: torch.device) -> None:
-        features = trainee.model.config.hidden_size  # type: ignore[union-attr]
+        features: int = trainee.model.config.hidden_size  # type: ignore[union-attr, assignment]
         self.weight = torch.zeros(USERS, CLASSES, features, device=device)
         self.bias = torch.full((USERS, CLASSES), -1e4, device=device)
         for user in range(USERS):

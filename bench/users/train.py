@@ -136,7 +136,7 @@ class Trainee:
         """``adapter_of``: where a user's adapter stands in the stack; anybody else has none."""
         self.model, self.adapter_of, self._device = model, adapter_of, device
         self.adapters = len(stacks(model)[0].lora_a) if stacks(model) else 1
-        features = model.config.hidden_size  # type: ignore[union-attr]
+        features: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
         self.heads = {user: head_of(user, features, device) for user in adapter_of}
         self._heads_steps = {
             user: torch.optim.AdamW(head.parameters(), lr=LEARNING_RATE)
@@ -259,7 +259,7 @@ def train(
         if kind == "alone":
             parts = [(alone[user], batch.of(user)) for user in batch.who]
         start = _now(device)
-        found = {}
+        found: dict[int, float] = {}
         for trainee, part in parts:
             found |= trainee.forward_backward(part)
         seconds[kind].append(_now(device) - start)

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("adapters")
 
+from bench import conftest as suite_conftest
 from bench import gate, measure, memory
 from bench.adapter.cases import KINDS, AdapterCase
 from bench.case import Case
@@ -19,6 +20,8 @@ from bench.families import FAMILIES, family_of
 from bench.family import Family
 from bench.lora import FAMILY as LORA
 from bench.lora.cases import LoRACase
+from bench.multi_lora.cases import MultiLoRACase
+from bench.suite import QUICK_BUDGET_S
 
 CPU = torch.device("cpu")
 LIMITS = measure.Limits(sample_s=0.02, round_s=60.0)
@@ -215,3 +218,23 @@ def test_row_lists(family: Family) -> None:
         assert any(case.compiled for case in cases) == bool(family.may_fail)
         assert all(family_of(case) is family for case in cases)
     assert set(map(str, family.quick())) <= set(map(str, family.full()))
+
+
+def test_rows_share_the_budgets_of_their_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[Case, float] = {}
+
+    def measured(family: Family, case: Case, device: Any, limits: measure.Limits) -> measure.Row:
+        given[case] = limits.sample_s
+        return measure.Row(case)
+
+    monkeypatch.setattr(suite_conftest, "measure", measured)
+    few = [LoRACase("fp32", tokens, 8, 8) for tokens in range(1, 51)]
+    many = [MultiLoRACase("fp32", tokens, 2, 8, 8) for tokens in range(1, 101)]
+    seen: list[tuple[int, int]] = []
+    table = suite_conftest.Table(CPU, None, False, few + many, lambda row, *n: seen.append(n))
+    for case in few + many + few:
+        table.row(case)
+    assert seen[-1] == (150, 150)
+    ratio = (QUICK_BUDGET_S["lora"] / 50) / (QUICK_BUDGET_S["multi_lora"] / 100)
+    assert given[few[0]] / given[many[0]] < ratio  # what the first leave is shared by the rest
+    assert given[few[0]] == pytest.approx(0.7 * QUICK_BUDGET_S["lora"] / 50, rel=0.01)
