@@ -54,9 +54,11 @@ def bounds(exact: Results, inputs: MultiLoRAInputs, keep: Masks) -> tolerance.Bo
     for name, value in exact.items():
         size, of_lora = value.abs(), squares_of_lora[name]
         terms = of_lora + _base(inputs, value).square() if name == "y" else of_lora
-        once = roundoff(dtypes[name]) * size + smallest_step(dtypes[name])
+        # of the result, or of a factor that all its terms share: x's dtype, or a row scale's narrower one
+        u = max(roundoff(dtype), roundoff(dtypes[name]))
+        once = u * size + smallest_step(dtypes[name])
         sums = math.sqrt(_terms(name, inputs)) * accumulator * (terms.sqrt() + size)
-        independent = max(roundoff(dtype), roundoff(dtypes[name])) * of_lora.sqrt() + sums
+        independent = u * of_lora.sqrt() + sums
         if name.startswith("base"):  # dy itself
             independent = torch.zeros_like(sums)
         found[name] = (once + 4 * independent, once + independent)
