@@ -6,6 +6,7 @@ grid never depends on the ids, nothing is synchronised, and ``update_`` under a 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -75,10 +76,15 @@ class MultiAdapterPlan:
     def update_(self, token_adapter: Any) -> MultiAdapterPlan:
         """Another batch, of at most ``max_tokens`` tokens, in the same buffers; returns self.
 
-        A backward of a forward that used the plan must have run by then; it raises otherwise.
+        A backward of a forward that used the plan must have run by then; it raises otherwise. It cannot where
+        activation checkpointing runs that forward again: it would run with the new batch.
         """
         self._set(_ids(token_adapter))
         return self
+
+    def __copy__(self) -> MultiAdapterPlan:
+        """A plan of its own: one that shared the buffer would be changed with the other's ``update_``."""
+        return copy.deepcopy(self)
 
     @property
     def device(self) -> torch.device:
@@ -235,7 +241,11 @@ def _ids(values: Any) -> Tensor:
         raise TypeError(f"token_adapter has dtype {ids.dtype}; expected integers")
     if ids.numel() > _INT32_MAX:
         raise ValueError(f"token_adapter has {ids.numel()} entries; expected at most {_INT32_MAX}")
-    return ids.detach().to(torch.int64)
+    ids = ids.detach()
+    if ids.dtype == torch.uint64:  # what int64 lacks is an adapter that no layer has
+        ids = ids.view(torch.int64)
+        return ids.masked_fill(ids < 0, _INT32_MAX)
+    return ids.to(torch.int64)
 
 
 def _count(name: str, value: Any, least: int) -> int:

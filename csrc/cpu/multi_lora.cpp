@@ -127,7 +127,7 @@ struct Call {
   std::vector<int64_t> most, offset, padded_offset; // R of a projection, its first column
   std::vector<Mask> masks;
   A keep = 1;
-  const int32_t* perm;
+  std::vector<int32_t> perm; // our own: whoever writes over the plan meanwhile leads out of no tensor
   const A* row_scale;
   std::vector<Segment> segments;
 
@@ -135,7 +135,8 @@ struct Call {
       : call(call),
         kernels(kernels),
         adapters(call.lora_a[0].size(0)),
-        perm(call.perm.const_data_ptr<int32_t>()),
+        perm(call.perm.const_data_ptr<int32_t>(),
+             call.perm.const_data_ptr<int32_t>() + std::min(tokens, call.perm.numel())),
         row_scale(call.row_scale ? data<A>(*call.row_scale) : nullptr) {
     for (size_t i = 0; i < call.lora_a.size(); ++i) {
       a.emplace_back(call.lora_a[i]);
@@ -149,14 +150,21 @@ struct Call {
     }
     keep = A(keep_scale(masks[0], call.dropout_p));
     const int32_t* indptr = call.indptr.const_data_ptr<int32_t>();
-    for (int64_t g = 0; g <= adapters; ++g)
-      if (indptr[g] < indptr[g + 1])
-        segments.push_back({g < adapters ? g : -1, indptr[g], int64_t(indptr[g + 1]) - indptr[g]});
-    for (const Segment& s :
-         segments) // a plan that was written over must not lead out of the tensors
-      TORCH_CHECK_VALUE(s.begin >= 0 && s.begin + s.rows <= tokens, "plan holds rows that x lacks");
-    for (int64_t t = 0; t < tokens; ++t)
-      TORCH_CHECK_VALUE(perm[t] >= 0 && perm[t] < tokens, "plan holds rows that x lacks");
+    int64_t end = 0;
+    bool whole = int64_t(perm.size()) == tokens;
+    for (int64_t g = 0; g <= adapters && whole; ++g) {
+      const int64_t begin = end;
+      end = indptr[g + 1];
+      whole = begin <= end && end <= tokens;
+      if (begin < end) segments.push_back({g < adapters ? g : -1, begin, end - begin});
+    }
+    std::vector<bool> seen(tokens);
+    for (int64_t t = 0; t < tokens && whole; ++t) {
+      whole = perm[t] >= 0 && perm[t] < tokens && !seen[perm[t]];
+      if (whole) seen[perm[t]] = true;
+    }
+    TORCH_CHECK_VALUE(whole && end == tokens, "plan does not hold each of x's ", tokens,
+                      " rows once: it was changed since it was checked");
   }
 
   int64_t n() const { return int64_t(a.size()); }

@@ -248,7 +248,7 @@ def _check(
     factor, scale = _scaling(scaling, x, d, autocast)
     rate = number("dropout_p", dropout_p)
     check_probability("dropout_p", rate)
-    name, function = _activation(activation)
+    name, function = check_activation(activation)
     chosen = backend_name(backend)
     if function is not None and chosen not in ("", "auto", "torch"):
         raise BackendUnavailable(
@@ -259,8 +259,8 @@ def _check(
     settings = Settings(
         name,
         factor,
-        _eps("pre_ln_eps", pre_ln_eps),
-        _eps("eps", eps),
+        check_eps("pre_ln_eps", pre_ln_eps),
+        check_eps("eps", eps),
         rate if training else 0.0,
         skip_in,
         residual_x,
@@ -334,14 +334,16 @@ def _scaling(
     return 1.0, scaling.reshape(-1)
 
 
-def _eps(name: str, value: float) -> float:
+def check_eps(name: str, value: float) -> float:
+    """``value`` as a float, finite and not negative."""
     eps = number(name, value)
     if not 0.0 <= eps < float("inf"):
         raise ValueError(f"{name} is {eps}; expected a finite number that is not negative")
     return eps
 
 
-def _activation(activation: Activation) -> tuple[str, Callable[[Tensor], Tensor] | None]:
+def check_activation(activation: Activation) -> tuple[str, Callable[[Tensor], Tensor] | None]:
+    """The name of the activation; a function too where it is one that no kernel has."""
     if isinstance(activation, str):
         return activation_name(activation), None
     if callable(activation):

@@ -115,6 +115,22 @@ def check_finite(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}; expected a finite number")
 
 
+def check_factor(name: str, value: float, dtype: torch.dtype) -> None:
+    """``value`` is finite in ``dtype``."""
+    check_finite(name, value)
+    most = torch.finfo(dtype).max
+    if not -most <= value <= most:
+        raise ValueError(f"{name} is {value}; expected a number that {dtype} holds")
+
+
+def check_there(name: str, value: Tensor) -> None:
+    """The memory of ``value`` was not freed (``resize_(0)``, as FSDP does): torch's own kernels do not look."""
+    if torch.compiler.is_compiling():
+        return
+    if value.numel() and value.device.type != "meta" and not value.untyped_storage().size():
+        raise ValueError(f"{name} of shape {shape_of(value)} has no memory: its storage was freed")
+
+
 def check_probability(name: str, value: float) -> None:
     """``value`` is in [0, 1]."""
     if not 0.0 <= value <= 1.0:

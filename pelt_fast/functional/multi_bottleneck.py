@@ -11,14 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..segments import MultiAdapterPlan
-from .adapter import Activation, bottleneck_adapter
+from .adapter import Activation, bottleneck_adapter, check_activation, check_eps
 from .checks import (
     autocast_dtype,
+    backend_name,
     check_dtype,
     check_finite,
     check_input,
     check_input_dtype,
     check_plan,
+    check_probability,
     check_tensor,
     check_vector,
     number,
@@ -72,8 +74,8 @@ def multi_bottleneck(
         ln_weight: (d,); a layernorm of the result where it is given, of every row.
         ln_bias: (d,) or None.
         eps: added to the variance.
-        dropout_p: probability in [0, 1] that an element of the scaled u is dropped. A token's mask depends on
-            the tokens of its own adapter alone.
+        dropout_p: probability in [0, 1] that an element of the scaled u is dropped. Each adapter
+            that has tokens draws a mask of its own, keyed on a token's place among them.
         training: dropout acts only when True.
         backend: as in ``bottleneck_adapter``.
 
@@ -94,7 +96,7 @@ def multi_bottleneck(
     adapters, most = _check_weights(x, down_weight, down_bias, up_weight, up_bias, autocast)
     check_plan(plan, x, adapters)
     each = _widths(widths, adapters, most)
-    factors = _scaling(scaling, x, adapters)
+    factors = _scaling(scaling, x, adapters, autocast)
     terms = [] if residual is None else list(tensors("residual", residual))
     for i, term in enumerate(terms):
         name = "residual" if len(terms) == 1 else f"residual[{i}]"
@@ -113,7 +115,12 @@ def multi_bottleneck(
         raise ValueError(
             "ln_bias is given without ln_weight; expected both, the weight alone, or neither"
         )
-    gates = None if gate is None else _gate(gate, x)
+    gates = None if gate is None else _gate(gate, x, autocast)
+    # bottleneck_adapter checks these too, but no token may have an adapter
+    check_activation(activation)
+    check_eps("eps", eps)
+    check_probability("dropout_p", number("dropout_p", dropout_p))
+    backend_name(backend)
 
     tokens = plan.tokens
     _, perm, indptr, *_ = plan.arrays
@@ -147,7 +154,9 @@ def multi_bottleneck(
                 x_runs[g],
                 down[g][:width],
                 None if down_biases is None else down_biases[g][:width],
-                up[g][:, :width],
+                up[g][
+                    :, :width
+                ].contiguous(),  # changes of all its bytes are noticed, as of other parameters
                 None if up_biases is None else up_biases[g],
                 activation=activation,
                 scaling=factors if isinstance(factors, float) else factors[g],
@@ -166,7 +175,8 @@ def multi_bottleneck(
     dtype = found[0].dtype
     for t in found[1:]:
         dtype = torch.promote_types(dtype, t.dtype)
-    y = torch.cat([t.to(dtype) for t in found])
+    with torch.autocast(x.device.type, enabled=False):
+        y = torch.cat([t.to(dtype) for t in found])
     back = torch.empty_like(order).scatter_(0, order, torch.arange(tokens, device=order.device))
     return y[back].view(x.shape)
 
@@ -217,21 +227,23 @@ def _widths(widths: Any, adapters: int, most: int) -> list[int]:
     return list(widths)
 
 
-def _scaling(scaling: Any, x: Tensor, adapters: int) -> float | tuple[Tensor, ...]:
+def _scaling(scaling: Any, x: Tensor, adapters: int, autocast: bool) -> float | tuple[Tensor, ...]:
     """A number, or a factor (1,) of each adapter."""
     if not isinstance(scaling, Tensor):
         factor = number("scaling", scaling, "a number or a torch.Tensor of shape (L,)")
         check_finite("scaling", factor)
         return factor
     check_tensor("scaling", scaling, x, "(L,)")
+    check_dtype("scaling", scaling, x, autocast, wider=True)
     if scaling.shape != (adapters,):
         raise ValueError(f"scaling has shape {shape_of(scaling)}; expected (L,) = ({adapters},)")
     return scaling.reshape(-1, 1).unbind()
 
 
-def _gate(gate: Any, x: Tensor) -> Tensor:
+def _gate(gate: Any, x: Tensor, autocast: bool) -> Tensor:
     """(..., 1), broadcastable, to (T, 1)."""
     check_tensor("gate", gate, x, "(..., 1)")
+    check_dtype("gate", gate, x, autocast, wider=True)
     shape = (*x.shape[:-1], 1)
     try:
         return gate.expand(shape).reshape(-1, 1)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..autograd import MultiLoRAFunction
 from ..autograd.multi_lora import MultiLoRASettings
@@ -22,12 +23,13 @@ from .checks import (
     autocast_dtype,
     backend_name,
     check_dtype,
-    check_finite,
+    check_factor,
     check_input,
     check_input_dtype,
     check_plan,
     check_probability,
     check_tensor,
+    check_there,
     number,
     shape_of,
     tensors,
@@ -65,8 +67,9 @@ def multi_lora(
         plan: of as many tokens as x has rows, in x's row order, on x's device.
         scaling: a finite number; or (L,) of any floating dtype. One for all projections, or a sequence of them. It has
             no gradient; ``row_scale`` has.
-        ranks: (L,) integers, the rank of each adapter, 0 to R (others are clamped); or a sequence of them, one for each
-            projection. Beyond it A and B are not used, whatever they hold, and their gradients are zeros. None: R.
+        ranks: (L,) integers, the rank of each adapter, 0 to R (in a tensor others are clamped); or a sequence of them,
+            one for each projection. Beyond it A and B are not used, whatever they hold, and their gradients are
+            zeros. None: R.
         base_out: (..., out) in x's dtype, added. Where gradients are off (``torch.no_grad``) it is changed in place and
             returned; else it stays as it is.
         row_scale: a factor for each token, floating, broadcastable to (..., 1); it may require a gradient.
@@ -90,7 +93,8 @@ def multi_lora(
         *(row_scale, dropout_p, training, backend),
     )
     seed = new_seed(call.x.device) if call.dropout_p else None
-    if base_out is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    dual = forward_ad._current_level >= 0  # it raises in the Function, and would be lost in place
+    if base_out is not None and not torch.is_grad_enabled() and not dual:
         y = _add_in_place(call, tensors("base_out", base_out), plan, seed)
     else:
         plan_arrays = plan.arrays
@@ -265,7 +269,9 @@ def _base(
     check_dtype(name, base, x, autocast, wider=False)
     if torch.promote_types(base.dtype, x.dtype) != x.dtype:
         return None, base
-    return base.to(x.dtype), None
+    if base.dtype != x.dtype:
+        check_there(name, base)
+    return base.to(x.dtype).resolve_neg(), None
 
 
 def _of_projections(ranks: Any) -> bool:
@@ -292,7 +298,7 @@ def _scaling(name: str, scaling: Any, x: Tensor, adapters: int) -> Tensor:
         if isinstance(scaling, (list, tuple)):
             raise TypeError(f"{name} is a {type(scaling).__name__}; expected a number or a tensor")
         factor = number(name, scaling, "a number or a torch.Tensor of shape (L,)")
-        check_finite(name, factor)
+        check_factor(name, factor, wide)
         return torch.full((adapters,), factor, dtype=wide, device=x.device)
     check_tensor(name, scaling, x, "(L,)")
     if scaling.shape != (adapters,):
@@ -303,6 +309,8 @@ def _scaling(name: str, scaling: Any, x: Tensor, adapters: int) -> Tensor:
         raise ValueError(
             f"{name} requires a gradient, which it does not get; expected a factor that is trained as row_scale"
         )
+    if scaling.dtype != wide:
+        check_there(name, scaling)
     return scaling.to(wide)
 
 
@@ -325,7 +333,10 @@ def _ranks(name: str, ranks: Any, x: Tensor, adapters: int, most: int) -> Tensor
     if ranks.shape != (adapters,):
         raise ValueError(f"{name} has shape {shape_of(ranks)}; expected (L,) = ({adapters},)")
     # int32 is clamped where it is used
-    return ranks if ranks.dtype == torch.int32 else ranks.long().clamp(0, most).to(torch.int32)
+    if ranks.dtype == torch.int32:
+        return ranks
+    check_there(name, ranks)
+    return ranks.long().clamp(0, most).to(torch.int32)
 
 
 def _row_scale(row_scale: Any, x: Tensor) -> Tensor:
@@ -344,6 +355,7 @@ def _row_scale(row_scale: Any, x: Tensor) -> Tensor:
         raise ValueError(
             f"row_scale has shape {shape_of(row_scale)}; expected one that broadcasts to {tuple(shape)}"
         )
+    check_there("row_scale", row_scale)
     return row_scale.expand(shape).reshape(-1)
 
 
@@ -353,10 +365,17 @@ def _add_in_place(
     """Adds into the bases, and returns them."""
     x = call.x
     scales = [] if call.row_scale is None else [call.row_scale]
-    if not _all_apart(bases, ()):
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not _all_apart(bases, ()):
         raise ValueError("base_out overlaps; expected outputs that share no memory")
+    for b in bases:
+        if any(size > 1 and stride == 0 for size, stride in zip(b.shape, b.stride(), strict=True)):
+            raise ValueError(
+                "base_out has rows or columns that are one place in memory (it was expanded); expected one of its own "
+                "for each element, since it is changed in place"
+            )
     rest = (plan.arrays, call.ranks, call.scaling, call.row_scale, call.dropout_p, seed)
-    may_change = all(_can_change(b, x) for b in bases)
+    may_change = not compiling and all(_can_change(b, x) for b in bases)
     if may_change and _all_apart(bases, (x, *call.lora_a, *call.lora_b, *scales)):
         multi_lora_add_(x, call.lora_a, call.lora_b, bases, *rest, call.backend)
         for b in bases:
@@ -374,7 +393,7 @@ def _can_change(base: Tensor, x: Tensor) -> bool:
     if base.dtype != x.dtype or (base.is_inference() and not torch.is_inference_mode_enabled()):
         return False
     strides = list(zip(base.shape, base.stride(), strict=True))
-    if any(size > 1 and stride == 0 for size, stride in strides) or base.stride(-1) != 1:
+    if base.is_neg() or base.stride(-1) != 1:
         return False
     # outer dimensions that no single stride describes are no view as rows
     return all(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -138,9 +139,9 @@ class MultiLoRALinear(nn.Module):
         self.register_buffer(
             "ranks", torch.tensor(numbers, dtype=torch.int32, device=weight.device)
         )
-        self.register_buffer(
-            "scaling", torch.tensor(factors, dtype=torch.float32, device=weight.device)
-        )
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        factors = [_factor(f"{name}[{i}]", factor, wide) for i, factor in enumerate(factors)]
+        self.register_buffer("scaling", torch.tensor(factors, dtype=wide, device=weight.device))
         self._planned = False
         for adapter, rank in enumerate(numbers):
             self._reset(adapter, rank)
@@ -181,7 +182,7 @@ class MultiLoRALinear(nn.Module):
             ValueError: an argument has a wrong shape or value, or something in it is not finite in the layer's dtype.
         """
         adapter = self._index(adapter)
-        factor = _finite("scaling", scaling)
+        factor = _factor("scaling", scaling, self.scaling.dtype)
         for name, value in (("lora_a", lora_a), ("lora_b", lora_b)):
             if not isinstance(value, Tensor) or value.layout is not torch.strided:
                 raise TypeError(
@@ -203,8 +204,9 @@ class MultiLoRALinear(nn.Module):
                 f"lora_b has shape {tuple(lora_b.shape)}; expected (out, r) = {(self.out_features, rank)}"
             )
         with torch.no_grad():
-            a = lora_a.to(self.lora_a.device, self.lora_a.dtype)
-            b = lora_b.to(self.lora_b.device, self.lora_b.dtype)
+            # copies: they may be parts of what is overwritten
+            a = lora_a.to(self.lora_a.device, self.lora_a.dtype, copy=True)
+            b = lora_b.to(self.lora_b.device, self.lora_b.dtype, copy=True)
             for name, value in (("lora_a", a), ("lora_b", b)):
                 if not value.isfinite().all():
                     raise ValueError(
@@ -294,9 +296,18 @@ def _integer(name: str, value: Any, least: int, most: int | None) -> int:
 def _finite(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is a {type(value).__name__}; expected a number")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(f"{name} is too large for a float; expected a finite number")
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}; expected a finite number")
     return float(value)
+
+
+def _factor(name: str, value: Any, dtype: torch.dtype) -> float:
+    factor = _finite(name, value)
+    if abs(factor) > torch.finfo(dtype).max:
+        raise ValueError(f"{name} is {factor}; expected a number that {dtype} holds")
+    return factor
 
 
 def _each(name: str, values: Any, n: int) -> list[Any]:

@@ -107,17 +107,23 @@ def _arguments(**changed):
         {"perm": torch.tensor([0, 1, 3], dtype=torch.int32)},
         {"perm": torch.tensor([0, -1, 2], dtype=torch.int32)},
         {"indptr": torch.tensor([0, 1, 2, 4], dtype=torch.int32)},
-        {"indptr": torch.tensor([-5, 1, 2, 3], dtype=torch.int32)},
+        {"indptr": torch.tensor([0, -5, 2, 3], dtype=torch.int32)},
+        {"indptr": torch.tensor([0, 1, 2, 2], dtype=torch.int32)},
+        {"perm": torch.tensor([0, 1, 1], dtype=torch.int32)},
+        {"perm": torch.tensor([0, 1], dtype=torch.int32)},
     ],
     ids=[
         "row_past_the_end",
         "row_before_the_start",
         "segment_past_the_end",
         "segment_before_the_start",
+        "row_without_segment",
+        "row_twice",
+        "too_few_rows",
     ],
 )
 def test_plan_that_was_written_over_leads_out_of_no_tensor(changed, cpp):
-    with pytest.raises(ValueError, match="plan holds rows that x lacks"):
+    with pytest.raises(ValueError, match="plan does not hold each of x's 3 rows once"):
         _C.multi_lora_fwd(*_arguments(**changed))
 
 

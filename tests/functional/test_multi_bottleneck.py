@@ -242,3 +242,46 @@ def test_bad_arguments(changed, error, words):
         PF.multi_bottleneck(**{**call, **changed})
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error"),
+    [
+        ({"activation": "nonsense"}, ValueError),
+        ({"dropout_p": 7.0}, ValueError),
+        ({"backend": "zzz"}, ValueError),
+        ({"gate": torch.ones(T, 1).int()}, TypeError),
+        ({"scaling": torch.ones(L).int()}, TypeError),
+        ({"eps": -1.0, "ln_weight": torch.ones(D)}, ValueError),
+    ],
+    ids=["activation", "dropout_p", "backend", "gate", "scaling", "eps"],
+)
+def test_bad_arguments_where_no_token_has_an_adapter(changed, error):
+    o, plan = GOOD, MultiAdapterPlan([-1] * T, L)
+    with pytest.raises(error, match=next(iter(changed))):
+        PF.multi_bottleneck(o["x"], o["down"], None, o["up"], None, plan, **changed)
+
+
+@pytest.mark.parametrize("ids", [[-1] * T, IDS], ids=["none", "mixed"])
+def test_bf16_under_fp16_autocast(ids):
+    o = operands(torch.bfloat16)
+    plan = MultiAdapterPlan(ids, L)
+    with torch.autocast("cpu", torch.float16):
+        y = PF.multi_bottleneck(o["x"], o["down"], None, o["up"], None, plan, residual=o["x"])
+    assert y.isfinite().all()
+
+
+def test_small_changes_of_a_narrow_adapter_are_noticed(on):
+    o = operands(torch.float32)
+    up = o["up"].requires_grad_()
+    plan = MultiAdapterPlan([2] * T, L)
+
+    def call():
+        return PF.multi_bottleneck(
+            o["x"], o["down"], None, up, None, plan, widths=WIDTHS, backend=on
+        ).detach()
+
+    for row in range(D):
+        before = call()
+        up.data[2, row, 1] += 1.0  # counted by no version
+        assert not torch.equal(call()[:, row], before[:, row])

@@ -286,7 +286,8 @@ def test_storage_is_by_rank() -> None:
     assert layer.lora_b.shape == (4, OUT, 8)
     assert layer.lora_b.stride() == (8 * OUT, 1, OUT)
     assert layer.ranks.dtype is torch.int32
-    assert layer.scaling.dtype is torch.float32
+    assert layer.scaling.dtype is torch.float64
+    assert make(torch.bfloat16).scaling.dtype is torch.float32
     assert layer.scaling.tolist() == pytest.approx(
         [a / r for a, r in zip(ALPHAS, RANKS, strict=True)]
     )
@@ -464,3 +465,26 @@ def test_compile(where, plan) -> None:
         actual = torch.autograd.grad(y.square().sum(), [layer.lora_a, layer.lora_b])
         for value, wanted in zip(actual, expected, strict=True):
             torch.testing.assert_close(value, wanted)
+
+
+def test_a_place_can_be_loaded_from_itself():
+    layer = MultiLoRALinear(6, 5, 2, 4)
+    with torch.no_grad():
+        layer.lora_a.normal_()
+        layer.lora_b.normal_()
+    a, b = layer.lora_a[0, 2:4].clone(), layer.lora_b[0, :, 2:4].clone()
+    layer.load_adapter(0, layer.lora_a[0, 2:4], layer.lora_b[0, :, 2:4], 1.0)
+    state = layer.state_of(0)
+    assert torch.equal(state.lora_a, a)
+    assert torch.equal(state.lora_b, b)
+
+
+@pytest.mark.parametrize("scaling", [1e39, 10**400])
+def test_scaling_that_does_not_fit_changes_nothing(scaling):
+    layer = MultiLoRALinear(6, 5, 2, 4)
+    before = {name: t.clone() for name, t in layer.state_dict().items()}
+    with pytest.raises(ValueError, match="scaling"):
+        layer.load_adapter(0, torch.ones(2, 6), torch.ones(5, 2), scaling)
+    assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
+    with pytest.raises(ValueError, match="scaling"):
+        MultiLoRALinear(6, 5, 2, 4, scaling=scaling)
