@@ -293,7 +293,7 @@ def test_storage_is_by_rank() -> None:
     )
     layer.bfloat16()
     assert layer.lora_a.dtype is torch.bfloat16
-    assert layer.scaling.dtype is torch.float32, "bf16 would round the scalings"
+    assert layer.scaling.dtype is torch.float64, "bf16 would round the scalings"
     assert layer.lora_b.stride() == (8 * OUT, 1, OUT)
     layer(inputs(torch.bfloat16), MultiAdapterPlan(IDS, 4))
 
