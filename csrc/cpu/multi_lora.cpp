@@ -127,7 +127,8 @@ struct Call {
   std::vector<int64_t> most, offset, padded_offset; // R of a projection, its first column
   std::vector<Mask> masks;
   A keep = 1;
-  std::vector<int32_t> perm; // our own: whoever writes over the plan meanwhile leads out of no tensor
+  std::vector<int32_t>
+      perm; // our own: whoever writes over the plan meanwhile leads out of no tensor
   const A* row_scale;
   std::vector<Segment> segments;
 

@@ -82,7 +82,8 @@ def default_config(problem: Any) -> ForwardConfig:
     wide = itemsize(problem.dtype) == 4
     block_m = columns_of_tile(problem)
     tiles = cdiv(problem.bottleneck, block_m)
-    block_d = chunk_of_columns(problem, 128 if tiles == 1 else 64)
+    crowded = wide and tiles > (1 if problem.dropout else 2)
+    block_d = chunk_of_columns(problem, 128 if tiles == 1 else 16 if crowded else 64)
     longest = {1: 64, 2: 32}.get(tiles, 16) if problem.features % 8 == 0 else 16
     block_t = rows_of_block(problem, longest)
     # s: 96 of a thread's 255 registers, in a dozen chunks of straight-line code at most
@@ -90,7 +91,7 @@ def default_config(problem: Any) -> ForwardConfig:
     held = problem.post_ln and not wide and block_m <= 64 and few
     warps = 8 if held or wide or tiles > 1 or block_t > 16 else 4
     # All tiles of a chunk of D, or of U, are staged in shared memory.
-    return ForwardConfig(block_t, block_d, block_m, held, warps, 2 if tiles <= 2 else 1)
+    return ForwardConfig(block_t, block_d, block_m, held, warps, 2 if wide or tiles <= 2 else 1)
 
 
 def columns_of_tile(problem: Any) -> int:

@@ -45,6 +45,7 @@ from .operands import (
     input_tile,
     load_pair,
     matrix_tile,
+    row_of_up,
     row_tile,
     scale_of_columns,
     store_bottleneck_tile,
@@ -71,15 +72,18 @@ def default_config(problem: Any) -> RowsConfig:
     wide = itemsize(problem.dtype) == 4
     block_m = columns_of_tile(problem)
     tiles = cdiv(problem.bottleneck, block_m)
+    if tiles > 1 and problem.bottleneck % 8:
+        block_m = 32  # less padding, which stands in registers too
     # da of a wide bottleneck, or a mask, leaves no registers for more rows.
-    block_t = rows_of_block(problem, 16 if block_m > 64 or problem.dropout else 32)
+    block_t = rows_of_block(problem, 16 if problem.bottleneck > 64 or problem.dropout else 32)
     # Rows that begin anywhere are loaded one element at a time, each with its pointer.
     alone = problem.features % 8 != 0
     masked = wide and problem.dropout and not alone
-    block_d = chunk_of_columns(problem, 16 if masked else 32)
-    warps = 8 if not masked and (wide or tiles > 1 or alone) else 4
-    # D and U are staged in shared memory, all tiles of a chunk.
-    return RowsConfig(block_t, block_d, block_m, warps, 2 if tiles <= 2 else 1)
+    # 16 rows of 64 columns, or 32 of 32, are 16 bytes a thread.
+    roomy = block_t == 16 and tiles == 1 and not problem.dropout and not alone
+    most = 16 if masked or tiles > 2 else 64 if roomy else 32
+    warps = 4 if tiles == 1 and (masked or not (wide or alone)) else 8
+    return RowsConfig(block_t, chunk_of_columns(problem, most), block_m, warps)
 
 
 def candidate_configs(problem: Any) -> Iterator[RowsConfig]:
@@ -175,7 +179,8 @@ def _add_da(ops, da, dw, columns, live_c, FORM: tl.constexpr):
     for i in tl.static_range(TILES):
         inner, live_m = bottleneck_columns(ops, i, FORM)
         u = matrix_tile(
-            *(ops.up, columns, ops.stride_ud, live_c, inner, ops.stride_um, live_m), dtype=dw.dtype
+            *(ops.up, columns, row_of_up(ops, FORM), live_c, inner, ops.stride_um, live_m),
+            dtype=dw.dtype,
         )
         out = out + (tl.dot(dw, u, da[i], input_precision=FORM.precision),)
     return out
@@ -186,7 +191,7 @@ def _output_means(ops, a, dy_ptr, stride_dyt, rows, live_t, gate, mean, rstd, FO
     """The means of dy · γ and dy · γ · n over each row."""
     first = tl.zeros([FORM.block_t], tl.float32)
     second = first
-    for chunk in range(tl.cdiv(ops.features, FORM.block_d)):
+    for chunk in tl.range(tl.cdiv(ops.features, FORM.block_d), disable_licm=FORM.lean):
         start, columns, live_c = chunk_columns(ops, chunk, FORM)
         _e, normal = normalised_sum(
             ops, a, rows, live_t, start, columns, live_c, gate, mean, rstd, FORM
@@ -222,7 +227,7 @@ def _into_bottleneck(
     for _ in tl.static_range(TILES):
         da = da + (tl.zeros([FORM.block_t, FORM.block_m], tl.float32),)
     dgate = tl.zeros([FORM.block_t], tl.float32)
-    for chunk in range(tl.cdiv(ops.features, FORM.block_d)):
+    for chunk in tl.range(tl.cdiv(ops.features, FORM.block_d), disable_licm=FORM.lean):
         start, columns, live_c = chunk_columns(ops, chunk, FORM)
         dy = row_tile(dy_ptr, stride_dyt, rows, live_t, columns, live_c)
         e, _normal, ds = expanded_and_upstream(
@@ -269,7 +274,7 @@ def _input_means(ops, dq, rows, live_t, mean, rstd, FORM: tl.constexpr):
     """The means of dv · γ and dv · γ · n over each row, of the layernorm before the adapter."""
     first = tl.zeros([FORM.block_t], tl.float32)
     second = first
-    for chunk in range(tl.cdiv(ops.features, FORM.block_d)):
+    for chunk in tl.range(tl.cdiv(ops.features, FORM.block_d), disable_licm=FORM.lean):
         _start, columns, live_c = chunk_columns(ops, chunk, FORM)
         g = through_down(ops, dq, columns, live_c, FORM) * vector(ops.pre_weight, columns, live_c)
         z = input_tile(ops, rows, live_t, columns, live_c, FORM)
@@ -360,7 +365,7 @@ def _adapter_rows_kernel(
         pre_mean, pre_rstd = load_pair(pre_stats_ptr, rows, live_t)
         pre_first, pre_second = _input_means(ops, dq, rows, live_t, pre_mean, pre_rstd, FORM)
     if dx_ptr is not None or dskip_ptr is not None:
-        for chunk in range(tl.cdiv(ops.features, FORM.block_d)):
+        for chunk in tl.range(tl.cdiv(ops.features, FORM.block_d), disable_licm=FORM.lean):
             start, columns, live_c = chunk_columns(ops, chunk, FORM)
             dz = tl.zeros([FORM.block_t, FORM.block_d], tl.float32)
             ds = dz

@@ -102,11 +102,13 @@ class Form:
     precision: str
     by_four: bool  # rows of the mask begin on a multiple of four
     align: int  # a power of two that divides the bottleneck
+    align_up: int  # and one that divides the stride of U's rows
     block_t: int = 0
     block_d: int = 0
     block_m: int = 0
     tiles: int = 0  # of the bottleneck
     ragged: bool = False  # the last of them has columns beyond it
+    lean: bool = False  # loops make again what would stand in registers from chunk to chunk
 
     @classmethod
     def make(
@@ -123,6 +125,7 @@ class Form:
             *(activation, skip_in, residual_x, residual_skip, precision),
             by_four=ops.features % 4 == 0,
             align=rank_alignment(ops.bottleneck),
+            align_up=rank_alignment(ops.stride_ud) if ops.stride_um == 1 and ops.stride_ud else 1,
         )
 
     def tiled(self, ops: Operands, config: Any) -> Form:
@@ -134,6 +137,7 @@ class Form:
             block_m=config.block_m,
             tiles=cdiv(ops.bottleneck, config.block_m),
             ragged=ops.bottleneck % config.block_m != 0,
+            lean=ops.bottleneck > config.block_m,
         )
 
 
@@ -157,7 +161,8 @@ def vector(ptr, columns, live_c):
 def matrix_tile(ptr, rows, stride_r, live_r, columns, stride_c, live_c, dtype: tl.constexpr):
     """A tile of D, U or a transpose of them; parameters wider than x are cast as they are loaded."""
     return tl.load(
-        ptr + rows[:, None] * stride_r + columns[None, :] * stride_c,
+        # one offset of 32 bits: as pointers, those of a whole loop would stand in twice as many registers
+        ptr + (rows[:, None] * stride_r + columns[None, :] * stride_c),
         mask=live_r[:, None] & live_c[None, :],
         other=0.0,
     ).to(dtype)
@@ -189,7 +194,13 @@ def chunk_columns(ops, chunk, FORM: tl.constexpr):
 def bottleneck_columns(ops, tile, FORM: tl.constexpr):
     """Columns (BLOCK_M,) of a tile of the bottleneck, and which of them live."""
     inner = tile * FORM.block_m + tl.arange(0, FORM.block_m)
-    return inner, inner < ops.bottleneck
+    return inner, inner < known_multiple(ops.bottleneck, FORM.align)
+
+
+@triton.jit
+def row_of_up(ops, FORM: tl.constexpr):
+    """U's stride from row to row: what divides it decides how many elements a load may have."""
+    return known_multiple(ops.stride_ud, FORM.align_up)
 
 
 @triton.jit
@@ -294,7 +305,7 @@ def expanded_tile(ops, a, rows, start, columns, live_c, FORM: tl.constexpr):
     for i in tl.static_range(TILES):
         inner, live_m = bottleneck_columns(ops, i, FORM)
         u = matrix_tile(
-            *(ops.up, inner, ops.stride_um, live_m, columns, ops.stride_ud, live_c),
+            *(ops.up, inner, ops.stride_um, live_m, columns, row_of_up(ops, FORM), live_c),
             dtype=a[i].dtype,
         )
         w = tl.dot(a[i], u, w, input_precision=FORM.precision)

@@ -19,10 +19,6 @@ SUMS = "_ordered_sums_kernel"
 NARROW = 32
 
 
-# Here a and dq, up to 16 x 512, stand in the registers of every warp; `choice` leaves both to torch.
-SPILLS = {"bottleneck_512": 64, "odd_many_tokens": 64}
-
-
 def _check(kernels, case, dtype, capability, aligned=True):
     inputs = case.make(dtype)
     with compiling(capability) as launches:
@@ -39,8 +35,6 @@ def _check(kernels, case, dtype, capability, aligned=True):
             narrow=NARROW,
         )
     ]
-    if max(report.spills for report in reports) <= SPILLS.get(case.name, 0):
-        found = [violation for violation in found if "spilled" not in violation]
     assert {report.name for report in reports} - {SUMS} == KERNELS
     assert not found, "\n".join(found)
 
@@ -62,15 +56,20 @@ VARIANTS = {
     "fp32_parameters": (BASE, HALF, {**PFEIFFER, "param_dtype": FULL}),
     "one_token": ((1, 768, 64), HALF, PFEIFFER),
     "many_tokens": ((32768, 768, 64), HALF, EVERYTHING),
+    "many_tokens_houlsby": ((32768, 768, 64), HALF, HOULSBY),
     "features_1024": ((2048, 1024, 64), HALF, PFEIFFER),
     "features_4096": ((2048, 4096, 64), HALF, PFEIFFER),
     "features_8192": ((2048, 8192, 16), HALF, EVERYTHING),
     "bottleneck_8": ((2048, 768, 8), HALF, HOULSBY),
+    "bottleneck_24": ((2048, 768, 24), HALF, HOULSBY),
     "bottleneck_128": ((16384, 768, 128), HALF, PFEIFFER),
+    "bottleneck_129": ((2048, 768, 129), HALF, EVERYTHING),
+    "bottleneck_200": ((2048, 768, 200), HALF, EVERYTHING),
     "bottleneck_256": ((2048, 1024, 256), HALF, PFEIFFER),
     "bottleneck_512": ((16384, 1024, 512), HALF, EVERYTHING),
     "fp32": (BASE, FULL, PFEIFFER),
     "fp32_everything": (BASE, FULL, EVERYTHING),
+    "fp32_bottleneck_128": ((2048, 768, 128), FULL, EVERYTHING),
     "fp32_bottleneck_512": ((2048, 768, 512), FULL, HOULSBY),
     "odd": ((300, 777, 37), HALF, EVERYTHING),
     "odd_many_tokens": ((16385, 1001, 129), HALF, EVERYTHING),
@@ -86,5 +85,5 @@ def test_every_variant(variant, capability, adapter_kernels):
     (tokens, features, bottleneck), dtype, block = VARIANTS[variant]
     case = AdapterCase(variant, (tokens,), features, bottleneck, **block)
     # a 16 x 16 tile has less than 16 bytes for a thread
-    aligned = features % 16 == 0 and bottleneck % 32 == 0
+    aligned = features % 16 == 0 and bottleneck % 8 == 0 and bottleneck > 16
     _check(adapter_kernels, case, dtype, capability, aligned)

@@ -11,6 +11,7 @@ from pelt_fast.dispatch import AdapterProblem
 pytest.importorskip("triton")
 from pelt_fast.backends.triton_ import adapter
 from pelt_fast.kernels.adapter import choice, forward, grad_columns, grad_rows
+from pelt_fast.kernels.adapter.operands import Form, Operands
 from pelt_fast.kernels.common.hardware import l2_cache, sm_count
 
 FILES = (forward, grad_rows, grad_columns)
@@ -81,6 +82,33 @@ def test_rows_are_held_where_they_fit():
     assert not forward.default_config(_problem(tokens=2048, features=4096)).held
     assert not forward.default_config(_problem(tokens=2048, dtype=torch.float32)).held
     assert not forward.default_config(_problem(tokens=2048, post_ln=False)).held
+
+
+def test_rows_have_sixteen_bytes_a_thread_while_registers_last():
+    def tile(**changes):
+        config = grad_rows.default_config(_problem(**changes))
+        return config.block_t, config.block_d, config.block_m
+
+    assert tile(tokens=2048) == (16, 64, 64)
+    assert tile(tokens=100_000) == (32, 32, 64)
+    assert tile(tokens=100_000, dropout=True) == (16, 32, 64)
+    assert tile(tokens=100_000, bottleneck=256) == (16, 32, 128)
+    assert tile(tokens=100_000, bottleneck=512) == (16, 16, 128)
+    assert tile(tokens=100_000, bottleneck=129)[2] == 32
+
+
+@pytest.mark.parametrize("bottleneck", [1, 8, 24, 48, 200])
+def test_strides_of_up_are_known_by_what_divides_them(bottleneck):
+    """Of a transposed or expanded U nothing is assumed."""
+    x, down, up = torch.empty(3, 32), torch.empty(bottleneck, 32), torch.empty(32, bottleneck)
+
+    def align_up(up):
+        ops = Operands.make(x, None, down, None, up, *[None] * 8, 1.0, 0.0)
+        return Form.make(ops, "relu", False, True, False, "ieee").align_up
+
+    assert align_up(up) == min(bottleneck & -bottleneck, 16)
+    assert bottleneck == 1 or align_up(up.T.contiguous().T) == 1
+    assert align_up(up[:1].expand(32, -1)) == 1
 
 
 def test_partials_stay_a_small_part_of_the_bytes():

@@ -132,10 +132,9 @@ def test_infinity_ends_where_eager_ends_it(activation, infinite, bottleneck, ada
     case = AdapterCase("infinite", (6,), 24, bottleneck, activation, down_bias=False)
     inputs = case.make(torch.float32, adapter_kernels.device)
     x, down, dy = inputs.x.clone(), inputs.down.abs(), inputs.dy.clone()
-    x[0], x[1] = (
-        -x[0].abs(),
-        32 * x[1].abs(),
-    )  # q below zero and above six; the others have some of each
+    # q below zero, and above six; the others have some of each
+    x[0] = -x[0].abs()
+    x[1] = 32 * x[1].abs()
     if infinite == "x":
         x[:2] *= float("inf")
     else:

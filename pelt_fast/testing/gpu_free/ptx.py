@@ -197,7 +197,9 @@ class Memory:
                 self.bytes[i][index] = value[here]
                 self.writer[i][index] = owner
             sectors = self.sectors.setdefault((int(self.starts[i]), value is not None), set())
-            sectors.update(np.unique((address[here] - self.starts[i]) // _SECTOR << 24 | block[here]).tolist())
+            sectors.update(
+                np.unique((address[here] - self.starts[i]) // _SECTOR << 24 | block[here]).tolist()
+            )
         return out
 
 
