@@ -233,7 +233,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The calls that accelerated bottleneck layers have served themselves so far: "block" or "core"."""
-    from pelt_fast.integrations import adapters as integration
+    from pelt_fast.integrations import adapters_bottleneck as integration
 
     calls: list[str] = []
     for kind in ("block", "core"):

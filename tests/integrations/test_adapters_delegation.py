@@ -356,8 +356,8 @@ def test_other_methods_are_named() -> None:
     assert len(report.replaced) == 4
     reasons = set(report.left.values())
     assert reasons == {
-        "it is a LoRALinearTorch, not a bottleneck layer",
-        "it is a PrefixTuningLayer, not a bottleneck layer",
+        "it is a LoRALinearTorch",
+        "it is a PrefixTuningLayer",
         "it is a NICECouplingBlock, an invertible adapter",
     }
     assert "left to adapters" in str(report)

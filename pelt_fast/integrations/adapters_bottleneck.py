@@ -1,0 +1,147 @@
+"""The library's bottleneck layers compute with ``pelt_fast.nn.bottleneck_block``.
+
+The fast class differs in two methods: ``bottleneck_layer_forward``, the only place that has the
+sub-layer's output, its residual input and its layernorm, so that one adapter is one fused call with
+both; and ``compose_single``, which every composition block calls for each of its adapters.
+"""
+
+from __future__ import annotations
+
+import torch
+from adapters.composition import AdapterCompositionBlock
+from adapters.methods.bottleneck import BottleneckLayer, BottleneckState
+from torch import Tensor, nn
+
+from ..functional import explain
+from ..nn.bottleneck_block import BottleneckSpec, bottleneck_block, bottleneck_core
+from .adapters_class import REPORT_TOKENS, Accelerated, fast_class, methods_obstacle
+from .adapters_operands import adapter_spec, block_spec, core_spec, fuses, single_adapter
+from .obstacles import dtype_name, mixture_obstacle, type_name
+
+LIBRARY = (BottleneckLayer,)
+# of the library, which a subclass could have replaced and the fast layer would pass by
+_METHODS = (
+    "bottleneck_layer_forward",
+    "compose",
+    "compose_stack",
+    "compose_fuse",
+    "compose_single",
+    "pre_block",
+)
+
+
+class _FuseState(BottleneckState):
+    """The state inside a ``Fuse``, which reads what the up projection returned besides the result."""
+
+
+class FastBottleneckLayer(Accelerated, BottleneckLayer):
+    """A bottleneck layer with fast adapters."""
+
+    def bottleneck_layer_forward(
+        self, hidden_states: Tensor, residual_input: Tensor | None, layer_norm: nn.Module | None
+    ) -> Tensor:
+        """As the library's, which runs wherever a call is not served."""
+        spec = block_spec(self, hidden_states, residual_input, layer_norm)
+        if isinstance(spec, str):
+            return super().bottleneck_layer_forward(hidden_states, residual_input, layer_norm)
+        return bottleneck_block(spec, hidden_states, residual_input, layer_norm, training=True)
+
+    def compose_single(
+        self, adapter_setup: str, state: BottleneckState, lvl: int = 0
+    ) -> BottleneckState:
+        """As the library's, without ``bottleneck_up`` outside a ``Fuse``: nothing else reads it."""
+        if isinstance(state, _FuseState):
+            return super().compose_single(adapter_setup, state, lvl)
+        x, residual = state.hidden_states, state.adapter_residual
+        spec = core_spec(self, adapter_setup, x, residual)
+        if isinstance(spec, str):
+            state = super().compose_single(adapter_setup, state, lvl)
+            return state._replace(bottleneck_up=None)
+        y = bottleneck_core(spec, x, residual, training=True)
+        return state._replace(hidden_states=y, bottleneck_up=None, last=adapter_setup)
+
+    def compose_fuse(
+        self, adapter_setup: AdapterCompositionBlock, state: BottleneckState, lvl: int = 0
+    ) -> BottleneckState:
+        """The library's, whose own adapters run inside."""
+        return BottleneckState(*super().compose_fuse(adapter_setup, _FuseState(*state), lvl))
+
+
+def accelerated_class(library_class: type) -> type:
+    """The fast subclass of one of the library's layer classes."""
+    return fast_class(FastBottleneckLayer, library_class)
+
+
+def concerns(layer: nn.Module) -> bool:
+    """Whether the report speaks of the layer: of each, an adapter can be added at any time."""
+    return True
+
+
+def why_left(layer: nn.Module) -> str | None:
+    """Why the layer keeps the library's class."""
+    return methods_obstacle(layer, BottleneckLayer, _METHODS)
+
+
+def describe(layer: BottleneckLayer, base_dtype: torch.dtype | None) -> list[str] | str:
+    """What is computed on this layer as the model stands, in words; or why the library computes it all."""
+    setup = layer.get_active_setup()
+    if setup is None:
+        return _why_idle(layer)
+    if fuses(setup):
+        return "its adapters are in a Fuse, which reads more of them than their results"
+    single = single_adapter(layer, setup)
+    kinds, reasons = [], []
+    for name, adapter in layer.adapters.items():
+        if name not in setup.flatten():
+            continue
+        first = next(adapter.parameters())
+        x = torch.zeros((), dtype=base_dtype or first.dtype, device=first.device)
+        x = x.expand(REPORT_TOKENS, adapter.input_size)
+        spec = adapter_spec(adapter, x)
+        if isinstance(spec, str):
+            reasons.append(f"adapter {name!r}: {spec}")
+        else:
+            inside = "" if single else f", in {type_name(setup)}"
+            norm = getattr(layer, "LayerNorm", None) if single else None
+            kinds.append(_kind(spec, x, inside, norm))
+    return "; ".join(reasons) if reasons else kinds
+
+
+def _why_idle(layer: BottleneckLayer) -> str:
+    if not len(getattr(layer, "adapters", ())):
+        return "no adapter is on this layer"
+    if layer.layer_idx in (layer.adapters_config.skip_layers or ()):
+        return "this layer is among skip_layers"
+    return "the active adapters are not on this layer"
+
+
+def _kind(spec: BottleneckSpec, x: Tensor, inside: str, norm: nn.Module | None) -> str:
+    """Shape, form, activation, dtypes and the chosen backends, in words."""
+    m, d = spec.down_weight.shape
+    norms = {}
+    if isinstance(norm, nn.LayerNorm) and norm.weight is not None:
+        mixed = mixture_obstacle(norm.weight, x, "its input", autocast=False)
+        norms = {} if mixed else {"weight": norm.weight, "bias": norm.bias}
+    before, after = spec.original_ln_before and not spec.is_parallel, spec.original_ln_after
+    explanation = explain(
+        "bottleneck_adapter",
+        x,
+        *spec[:4],
+        activation=spec.activation,
+        scaling=spec.scaling,
+        gate=None if spec.gate_weight is None else x[:, :1],
+        residual=x,
+        skip=x.clone() if before else None,
+        dropout_p=spec.dropout,
+        training=True,
+        **{f"pre_ln_{key}": value for key, value in norms.items() if before},
+        **{f"ln_{key}": value for key, value in norms.items() if after},
+    )
+    forward, backward = explanation.backends
+    form = "parallel" if spec.is_parallel else "sequential"
+    gated = "" if spec.gate_weight is None else ", gated"
+    return (
+        f"{d} -> {m}, {form}{inside}, {spec.activation}{gated}, "
+        f"{dtype_name(spec.down_weight.dtype)} over {dtype_name(x.dtype)}, T = {REPORT_TOKENS}: "
+        f"{forward or 'no backend'} forward, {backward or 'no backend'} backward"
+    )
