@@ -3,6 +3,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "cpu/adapter.h"
+#include "cpu/compacter.h"
 #include "cpu/isa.h"
 #include "cpu/lora.h"
 #include "cpu/memory.h"
@@ -39,7 +40,7 @@ py::tuple lora_linear_bwd(const at::Tensor& dy, const pelt_fast::OptionalTensor&
       const std::string &activation, double scaling, double pre_eps, double eps, double dropout_p, \
       bool skip_in, bool residual_x, bool residual_skip
 #define PELT_ADAPTER_TENSORS \
-  {down, down_bias, up, up_bias, scale, gate, pre_weight, pre_bias, ln_weight, ln_bias, seed}
+  {{down_bias, up_bias, scale, gate, pre_weight, pre_bias, ln_weight, ln_bias, seed}, down, up}
 #define PELT_ADAPTER_SETTINGS \
   {activation, scaling, pre_eps, eps, dropout_p, skip_in, residual_x, residual_skip}
 
@@ -55,6 +56,38 @@ auto bottleneck_adapter_bwd(const at::Tensor& dy, const at::Tensor& x,
                             const std::vector<bool>& needs) {
   return pelt_fast::bottleneck_adapter_bwd(dy, x, skip, q, pre_stats, post_stats,
                                            PELT_ADAPTER_TENSORS, PELT_ADAPTER_SETTINGS, needs);
+}
+
+// What both directions of the Compacter adapter take.
+#define PELT_COMPACTER_ARGUMENTS                                                                   \
+  const at::Tensor &down_rule, const at::Tensor &down_left, const at::Tensor &down_right,          \
+      const pelt_fast::OptionalTensor &down_bias, const at::Tensor &up_rule,                       \
+      const at::Tensor &up_left, const at::Tensor &up_right,                                       \
+      const pelt_fast::OptionalTensor &up_bias, const pelt_fast::OptionalTensor &scale,            \
+      const pelt_fast::OptionalTensor &gate, const pelt_fast::OptionalTensor &pre_weight,          \
+      const pelt_fast::OptionalTensor &pre_bias, const pelt_fast::OptionalTensor &ln_weight,       \
+      const pelt_fast::OptionalTensor &ln_bias, const pelt_fast::OptionalTensor &seed,             \
+      const std::string &activation, double scaling, double pre_eps, double eps, double dropout_p, \
+      bool skip_in, bool residual_x, bool residual_skip
+#define PELT_COMPACTER_TENSORS                                                         \
+  {                                                                                    \
+    {down_bias, up_bias, scale, gate, pre_weight, pre_bias, ln_weight, ln_bias, seed}, \
+        {down_rule, down_left, down_right}, {                                          \
+      up_rule, up_left, up_right                                                       \
+    }                                                                                  \
+  }
+
+auto compacter_fwd(const at::Tensor& x, const pelt_fast::OptionalTensor& skip,
+                   PELT_COMPACTER_ARGUMENTS) {
+  return pelt_fast::compacter_fwd(x, skip, PELT_COMPACTER_TENSORS, PELT_ADAPTER_SETTINGS);
+}
+
+auto compacter_bwd(const at::Tensor& dy, const at::Tensor& x, const pelt_fast::OptionalTensor& skip,
+                   const at::Tensor& q, const pelt_fast::OptionalTensor& pre_stats,
+                   const pelt_fast::OptionalTensor& post_stats, PELT_COMPACTER_ARGUMENTS,
+                   const std::vector<bool>& needs) {
+  return pelt_fast::compacter_bwd(dy, x, skip, q, pre_stats, post_stats, PELT_COMPACTER_TENSORS,
+                                  PELT_ADAPTER_SETTINGS, needs);
 }
 
 // What both directions of batched multi-LoRA take.
@@ -98,6 +131,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("multi_lora_bwd", &multi_lora_bwd);
   m.def("bottleneck_adapter_fwd", &bottleneck_adapter_fwd, release());
   m.def("bottleneck_adapter_bwd", &bottleneck_adapter_bwd, release());
+  m.def("compacter_fwd", &compacter_fwd, release());
+  m.def("compacter_bwd", &compacter_bwd, release());
   m.def(
       "isa", [] { return pelt_fast::isa_name(pelt_fast::current_isa()); },
       "The instruction set in use.");

@@ -15,7 +15,7 @@ import pelt_fast
 from pelt_fast import functional as PF
 from pelt_fast.env import env
 from pelt_fast.testing import adapter_oracle, multi_lora_oracle, oracle
-from pelt_fast.testing.adapter_workloads import AdapterInputs
+from pelt_fast.testing.adapter_workloads import BlockInputs
 from pelt_fast.testing.inputs import Inputs
 from pelt_fast.testing.multi_lora_workloads import MultiLoRAInputs
 
@@ -72,7 +72,7 @@ class Backend:
         self, inputs: Inputs, wanted: Iterable[str] | None = None, seed: int = 0
     ) -> tuple[oracle.Results, Any]:
         """y and the gradients by name, and the dropout mask or masks that the call drew."""
-        if isinstance(inputs, AdapterInputs):
+        if isinstance(inputs, BlockInputs):
             return adapter_oracle.run_with_mask(self, inputs, wanted, seed)
         if isinstance(inputs, MultiLoRAInputs):
             return multi_lora_oracle.run_with_masks(self, inputs, wanted, seed)

@@ -14,13 +14,14 @@
 
 namespace pelt_fast {
 
-// The parameters of one adapter: down (m, d), up (d, m), scale (1,) or (d,), gate (T,), the rest
-// vectors.
-struct AdapterTensors {
-  at::Tensor down;
-  OptionalTensor down_bias;
-  at::Tensor up;
-  OptionalTensor up_bias, scale, gate, pre_weight, pre_bias, ln_weight, ln_bias, seed;
+// What an adapter has besides its projections: scale (1,) or (d,), gate (T,), the rest vectors.
+struct AdapterVectors {
+  OptionalTensor down_bias, up_bias, scale, gate, pre_weight, pre_bias, ln_weight, ln_bias, seed;
+};
+
+// The parameters of one adapter: down (m, d), up (d, m).
+struct AdapterTensors : AdapterVectors {
+  at::Tensor down, up;
 };
 
 struct AdapterSettings {

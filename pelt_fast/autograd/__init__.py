@@ -1,7 +1,13 @@
 """One ``torch.autograd.Function`` per operation: what is saved, and which gradients are asked for."""
 
 from .adapter import BottleneckAdapterFunction
+from .compacter import CompacterFunction
 from .lora import LoRALinearFunction
 from .multi_lora import MultiLoRAFunction
 
-__all__ = ["BottleneckAdapterFunction", "LoRALinearFunction", "MultiLoRAFunction"]
+__all__ = [
+    "BottleneckAdapterFunction",
+    "CompacterFunction",
+    "LoRALinearFunction",
+    "MultiLoRAFunction",
+]

@@ -46,24 +46,29 @@ class BottleneckAdapterFunction(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, saved: Sequence[Any], dy: Tensor) -> tuple[Any, ...]:
-        q, pre_stats, post_stats, seed, x, skip, *parameters = saved
-        settings: Settings = ctx.settings
-        *numbers, backend = settings
-        needs = list(ctx.needs_input_grad[2:])
-        wanted = list(needs)
-        # where x and skip enter alike, one gradient is both; where skip is added last, its gradient is dy
-        alike = settings.skip_in and settings.residual_x == settings.residual_skip
-        added_last = settings.residual_skip and not settings.skip_in and parameters[-2] is None
-        if alike:
-            wanted[0] = needs[0] or needs[1]
-        if alike or added_last:
-            wanted[1] = False
-        grads = list(needs)
-        if any(wanted):
-            grads = bottleneck_adapter_bwd(
-                *(dy, x, skip, q, pre_stats, post_stats, *parameters, seed),
-                *(*numbers, wanted, backend),
-            )
-        if alike or added_last:
-            grads = [grads[0], grads[0] if alike else dy, *grads[2:]]
-        return (None, None, *[g if need else None for g, need in zip(grads, needs, strict=True)])
+        return adapter_backward(bottleneck_adapter_bwd, ctx, saved, dy)
+
+
+def adapter_backward(operator: Any, ctx: Any, saved: Sequence[Any], dy: Tensor) -> tuple[Any, ...]:
+    """What a Function returns whose arguments and saved tensors are in the order of ``BottleneckAdapterFunction``'s."""
+    q, pre_stats, post_stats, seed, x, skip, *parameters = saved
+    settings: Settings = ctx.settings
+    *numbers, backend = settings
+    needs = list(ctx.needs_input_grad[2:])
+    wanted = list(needs)
+    # where x and skip enter alike, one gradient is both; where skip is added last, its gradient is dy
+    alike = settings.skip_in and settings.residual_x == settings.residual_skip
+    added_last = settings.residual_skip and not settings.skip_in and parameters[-2] is None
+    if alike:
+        wanted[0] = needs[0] or needs[1]
+    if alike or added_last:
+        wanted[1] = False
+    grads = list(needs)
+    if any(wanted):
+        grads = operator(
+            *(dy, x, skip, q, pre_stats, post_stats, *parameters, seed),
+            *(*numbers, wanted, backend),
+        )
+    if alike or added_last:
+        grads = [grads[0], grads[0] if alike else dy, *grads[2:]]
+    return (None, None, *[g if need else None for g, need in zip(grads, needs, strict=True)])

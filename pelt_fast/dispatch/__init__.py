@@ -1,7 +1,7 @@
 """From a problem to the backend that runs it."""
 
 from .explain import Choice, Explanation, explain_problem
-from .problem import AdapterProblem, LoRAProblem, MultiLoRAProblem, arch_of
+from .problem import AdapterProblem, CompacterProblem, LoRAProblem, MultiLoRAProblem, arch_of
 from .registry import BackendUnavailable, backend
 from .select import asked_for, check_name, select, use_backend
 
@@ -9,6 +9,7 @@ __all__ = [
     "AdapterProblem",
     "BackendUnavailable",
     "Choice",
+    "CompacterProblem",
     "Explanation",
     "LoRAProblem",
     "MultiLoRAProblem",

@@ -74,6 +74,40 @@ class AdapterProblem(NamedTuple):
         return f"{text} on {self.device_type} ({self.arch})"
 
 
+class CompacterProblem(NamedTuple):
+    """One pass of the Compacter adapter. ``dtype`` is x's, the one that is computed in."""
+
+    op: str  # "compacter_fwd" | "compacter_bwd"
+    device_type: str
+    arch: str
+    dtype: torch.dtype
+    param_dtypes: tuple[torch.dtype, ...]
+    tokens: int
+    features: int
+    bottleneck: int
+    phm_dim: int
+    ranks: tuple[int, int]  # of the down and the up projection
+    activation: str
+    pre_ln: bool
+    post_ln: bool
+    skip: bool
+    gate: bool
+    dropout: bool
+
+    @property
+    def family(self) -> str:
+        """The module of a backend that has this operation."""
+        return "compacter"
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        text = f"{self.op} {dtype} T={self.tokens} d={self.features} m={self.bottleneck} n={self.phm_dim} "
+        text += f"r={'+'.join(map(str, self.ranks))} {self.activation}"
+        flags = ("pre_ln", "post_ln", "skip", "gate", "dropout")
+        text += "".join(f" {flag}" for flag in flags if getattr(self, flag))
+        return f"{text} on {self.device_type} ({self.arch})"
+
+
 class MultiLoRAProblem(NamedTuple):
     """One pass of batched multi-LoRA over projections that share x. ``dtype`` is x's, the one that is computed in."""
 

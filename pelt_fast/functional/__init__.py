@@ -7,8 +7,10 @@ from typing import Any
 
 from ..activations import ACTIVATIONS, activation_name
 from ..dispatch import Explanation
+from ..phm import PHM
 from ..random import philox_mask
 from .adapter import bottleneck_adapter, explain_bottleneck_adapter
+from .compacter import compacter, explain_compacter, phm_linear
 from .lora import MAX_RANK, explain_lora_linear, lora_linear
 from .multi_bottleneck import multi_bottleneck
 from .multi_lora import explain_multi_lora, multi_lora
@@ -16,18 +18,22 @@ from .multi_lora import explain_multi_lora, multi_lora
 __all__ = [
     "ACTIVATIONS",
     "MAX_RANK",
+    "PHM",
     "activation_name",
     "bottleneck_adapter",
+    "compacter",
     "explain",
     "lora_linear",
     "multi_bottleneck",
     "multi_lora",
     "philox_mask",
+    "phm_linear",
 ]
 
 _EXPLAINED: dict[str, Callable[..., Explanation]] = {
     "lora_linear": explain_lora_linear,
     "bottleneck_adapter": explain_bottleneck_adapter,
+    "compacter": explain_compacter,
     "multi_lora": explain_multi_lora,
 }
 
@@ -36,7 +42,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Which backend a call would run on, forward and backward, and why not the others.
 
     Args:
-        op: "lora_linear", "bottleneck_adapter" or "multi_lora".
+        op: "lora_linear", "bottleneck_adapter", "compacter" or "multi_lora".
         *args: the arguments of the function of that name in ``pelt_fast.functional``; nothing is computed.
         **kwargs: likewise.
 

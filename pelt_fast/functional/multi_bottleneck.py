@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..segments import MultiAdapterPlan
-from .adapter import Activation, bottleneck_adapter, check_activation, check_eps
+from .adapter import bottleneck_adapter
+from .adapter_checks import Activation, check_activation, check_eps
 from .checks import (
     autocast_dtype,
     backend_name,

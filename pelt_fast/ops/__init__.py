@@ -1,12 +1,15 @@
 """The operators: schema, fake kernel, and the step into a backend. Importing this package registers them."""
 
 from .adapter import bottleneck_adapter_bwd, bottleneck_adapter_fwd
+from .compacter import compacter_bwd, compacter_fwd
 from .lora import lora_linear_bwd, lora_linear_fwd
 from .multi_lora import multi_lora_add_, multi_lora_bwd, multi_lora_fwd
 
 __all__ = [
     "bottleneck_adapter_bwd",
     "bottleneck_adapter_fwd",
+    "compacter_bwd",
+    "compacter_fwd",
     "lora_linear_bwd",
     "lora_linear_fwd",
     "multi_lora_add_",

@@ -133,12 +133,13 @@ def _forward(
     return (
         from_rows(y, x.shape),
         q,
-        _no_stats(x) if pre_stats is None else pre_stats,
-        _no_stats(x) if post_stats is None else post_stats,
+        no_stats(x) if pre_stats is None else pre_stats,
+        no_stats(x) if post_stats is None else post_stats,
     )
 
 
-def _no_stats(x: Tensor) -> Tensor:
+def no_stats(x: Tensor) -> Tensor:
+    """In the place of the statistics of a layernorm that is not there."""
     return x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
@@ -171,8 +172,8 @@ def _forward_fake(
     return (
         x.new_empty(x.shape),
         x.new_empty((tokens, down.shape[0])),
-        x.new_empty((tokens, 2), dtype=stats) if pre_weight is not None else _no_stats(x),
-        x.new_empty((tokens, 2), dtype=stats) if ln_weight is not None else _no_stats(x),
+        x.new_empty((tokens, 2), dtype=stats) if pre_weight is not None else no_stats(x),
+        x.new_empty((tokens, 2), dtype=stats) if ln_weight is not None else no_stats(x),
     )
 
 
@@ -212,7 +213,7 @@ def _backward(
     arguments = [x, skip, down, down_bias, up, up_bias, scale, gate]
     arguments += [pre_weight, pre_bias, ln_weight, ln_bias]
     if tokens == 0:  # sums of nothing
-        return [g.zero_() for g in _gradients_like(dy, arguments, needs)]
+        return [g.zero_() for g in gradients_like(dy, arguments, needs)]
     problem = problem_of(
         "bottleneck_adapter_bwd",
         rows,
@@ -262,7 +263,7 @@ def _backward(
     ]
 
 
-def _gradients_like(
+def gradients_like(
     dy: Tensor, arguments: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor]:
     """Uninitialised gradients: of x and skip in dy's shape, of the others in their own; empty where not needed."""
@@ -307,7 +308,7 @@ def _backward_fake(
 ) -> list[Tensor]:
     arguments = [x, skip, down, down_bias, up, up_bias, scale, gate]
     arguments += [pre_weight, pre_bias, ln_weight, ln_bias]
-    return _gradients_like(dy, arguments, needs)
+    return gradients_like(dy, arguments, needs)
 
 
 _PARAMETERS = (

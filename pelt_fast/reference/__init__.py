@@ -1,7 +1,8 @@
 """Slow and obvious: what every backend must compute. Any floating dtype, differentiable by autograd."""
 
 from .adapter import bottleneck_adapter
+from .compacter import compacter, phm_matrix
 from .lora import lora_linear
 from .multi_lora import multi_lora
 
-__all__ = ["bottleneck_adapter", "lora_linear", "multi_lora"]
+__all__ = ["bottleneck_adapter", "compacter", "lora_linear", "multi_lora", "phm_matrix"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .. import reference
 from ..random import new_seed, philox_mask
-from .adapter_workloads import NAMES, AdapterInputs
+from .adapter_workloads import NAMES, AdapterInputs, BlockInputs
 from .oracle import Results, run
 
+AnyBlock = TypeVar("AnyBlock", bound=BlockInputs)
 # As `transformers.activations.ACT2FN` computes them; not the product's own, which eager has to catch.
 EAGER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -35,7 +36,7 @@ EAGER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def mask(inputs: AdapterInputs, seed: Tensor | None) -> Tensor | None:
+def mask(inputs: BlockInputs, seed: Tensor | None) -> Tensor | None:
     """The dropout mask (T, d), True where an element is kept."""
     if seed is None or inputs.dropout_p == 0:
         return None
@@ -57,8 +58,8 @@ def as_rows(inputs: AdapterInputs) -> AdapterInputs:
 
 
 def run_with_mask(
-    function: Callable[[AdapterInputs], Tensor],
-    inputs: AdapterInputs,
+    function: Callable[[AnyBlock], Tensor],
+    inputs: AnyBlock,
     wanted: Iterable[str] | None = None,
     seed: int = 0,
 ) -> tuple[Results, Tensor | None]:
@@ -105,39 +106,44 @@ def exact(
     inputs: AdapterInputs, keep: Tensor | None, wanted: Iterable[str] | None = None
 ) -> Results:
     """The oracle: `pelt_fast.reference` and its autograd in fp64, on the very numbers of ``inputs``."""
+    return run(
+        lambda leaves: formula(leaves, keep),
+        inputs.map(lambda _, t: t.detach().double()),
+        wanted,
+    )
 
-    def function(leaves: AdapterInputs) -> Tensor:
-        x, skip, down, down_bias, up, up_bias, scale, gate, *layernorms = leaves.operands
-        assert x is not None
-        assert down is not None
-        assert up is not None
-        pre_weight, pre_bias, ln_weight, ln_bias = layernorms
-        y = reference.bottleneck_adapter(
-            x,
-            down,
-            down_bias,
-            up,
-            up_bias,
-            activation=leaves.activation,
-            scaling=leaves.scaling,
-            scale=scale,
-            gate=gate,
-            skip=skip,
-            skip_in=leaves.skip_in,
-            residual_x=leaves.residual_x,
-            residual_skip=leaves.residual_skip,
-            pre_weight=pre_weight,
-            pre_bias=pre_bias,
-            pre_eps=leaves.pre_eps,
-            ln_weight=ln_weight,
-            ln_bias=ln_bias,
-            eps=leaves.eps,
-            dropout_p=leaves.dropout_p,
-            keep=keep,
-        )
-        return y.reshape(leaves.x.shape)
 
-    return run(function, inputs.map(lambda _, t: t.detach().double()), wanted)
+def formula(leaves: AdapterInputs, keep: Tensor | None) -> Tensor:
+    """The reference's y."""
+    x, skip, down, down_bias, up, up_bias, scale, gate, *layernorms = leaves.operands
+    assert x is not None
+    assert down is not None
+    assert up is not None
+    pre_weight, pre_bias, ln_weight, ln_bias = layernorms
+    y = reference.bottleneck_adapter(
+        x,
+        down,
+        down_bias,
+        up,
+        up_bias,
+        activation=leaves.activation,
+        scaling=leaves.scaling,
+        scale=scale,
+        gate=gate,
+        skip=skip,
+        skip_in=leaves.skip_in,
+        residual_x=leaves.residual_x,
+        residual_skip=leaves.residual_skip,
+        pre_weight=pre_weight,
+        pre_bias=pre_bias,
+        pre_eps=leaves.pre_eps,
+        ln_weight=ln_weight,
+        ln_bias=ln_bias,
+        eps=leaves.eps,
+        dropout_p=leaves.dropout_p,
+        keep=keep,
+    )
+    return y.reshape(leaves.x.shape)
 
 
 def eager(
@@ -148,27 +154,28 @@ def eager(
     Operation for operation those of `adapters.methods.modeling.Adapter` and `ParallelAdapter`, which cast nothing:
     parameters wider than x are cast here.
     """
+    return run(lambda leaves: composition(leaves, keep), inputs, wanted)
 
-    def function(leaves: AdapterInputs) -> Tensor:
-        x, skip, d = leaves.x, leaves.skip, (leaves.x.shape[-1],)
-        cast = leaves.map(lambda _, t: t.to(x.dtype))
-        h = x + skip if leaves.skip_in and skip is not None else x
-        if cast.pre_weight is not None:
-            h = F.layer_norm(h, d, cast.pre_weight, cast.pre_bias, leaves.pre_eps)
-        down = EAGER_ACTIVATIONS[leaves.activation](F.linear(h, cast.down, cast.down_bias))
-        output = F.linear(down, cast.up, cast.up_bias)
-        output = output * (leaves.scaling if cast.scale is None else cast.scale)
-        if keep is not None:
-            p, kept = leaves.dropout_p, keep.reshape(output.shape)
-            output = output * kept / (1 - p) if p < 1 else output * 0
-        if cast.gate is not None:
-            output = output * cast.gate
-        if leaves.residual_x:
-            output = output + x
-        if leaves.residual_skip and skip is not None:
-            output = output + skip
-        if cast.ln_weight is not None:
-            output = F.layer_norm(output, d, cast.ln_weight, cast.ln_bias, leaves.eps)
-        return output
 
-    return run(function, inputs, wanted)
+def composition(leaves: AdapterInputs, keep: Tensor | None) -> Tensor:
+    """The library's y."""
+    x, skip, d = leaves.x, leaves.skip, (leaves.x.shape[-1],)
+    cast = leaves.map(lambda _, t: t.to(x.dtype))
+    h = x + skip if leaves.skip_in and skip is not None else x
+    if cast.pre_weight is not None:
+        h = F.layer_norm(h, d, cast.pre_weight, cast.pre_bias, leaves.pre_eps)
+    down = EAGER_ACTIVATIONS[leaves.activation](F.linear(h, cast.down, cast.down_bias))
+    output = F.linear(down, cast.up, cast.up_bias)
+    output = output * (leaves.scaling if cast.scale is None else cast.scale)
+    if keep is not None:
+        p, kept = leaves.dropout_p, keep.reshape(output.shape)
+        output = output * kept / (1 - p) if p < 1 else output * 0
+    if cast.gate is not None:
+        output = output * cast.gate
+    if leaves.residual_x:
+        output = output + x
+    if leaves.residual_skip and skip is not None:
+        output = output + skip
+    if cast.ln_weight is not None:
+        output = F.layer_norm(output, d, cast.ln_weight, cast.ln_bias, leaves.eps)
+    return output

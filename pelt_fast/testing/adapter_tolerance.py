@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Set
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,8 @@ from torch import Tensor
 from ..random import keep_scale
 from ..reference.adapter import ACTIVATIONS
 from . import adapter_oracle, tolerance
-from .adapter_workloads import AdapterInputs
+from .adapter_oracle import AnyBlock
+from .adapter_workloads import AdapterInputs, BlockInputs
 from .oracle import Results, run
 from .perturbation import Perturbation, roundoff, smallest_step
 
@@ -68,23 +70,29 @@ def assert_accurate(actual: Results, inputs: AdapterInputs, keep: Tensor | None)
     tolerance.assert_all_ok(deviations(actual, inputs, keep))
 
 
-def bounds(exact: Results, inputs: AdapterInputs, keep: Tensor | None) -> tolerance.Bounds:
+def bounds(
+    exact: Results,
+    inputs: BlockInputs,
+    keep: Tensor | None,
+    model_class: type[Model] | None = None,
+) -> tolerance.Bounds:
     """Per result the bound of each element's error, for the largest error and for the mean."""
+    make = model_class or Model
     wanted = [name for name in exact if name != "y"]
     wide = inputs.map(lambda _, t: t.detach().double())
     widened = {name for name, t in inputs.named_tensors() if t.dtype != inputs.x.dtype}
-    oracle = _Model(Perturbation(), keep)
+    oracle = make(Perturbation(), keep)
     oracle(_copies(wide, 1))
     at_once = DRAWS if wide.x.numel() < 2**16 else 1  # memory
     squares = {name: torch.zeros_like(value) for name, value in exact.items()}
     squares_of_q = torch.zeros_like(oracle.q[0])
     for seed in range(0, DRAWS, at_once):
-        model = _Model(Perturbation(inputs.x.dtype, seed), keep, widened)
+        model = make(Perturbation(inputs.x.dtype, seed), keep, widened)
         for name, draws in run(model, _copies(wide, at_once), wanted).items():
             squares[name] += (draws - exact[name]).square().sum(0) / DRAWS
         squares_of_q += (model.q - oracle.q).square().sum(0) / DRAWS
     rms = {name: value.sqrt() for name, value in squares.items()}
-    jumps = _jumps(exact, wide, keep, oracle.q[0], 4.5 * squares_of_q.sqrt())
+    jumps = _jumps(make, exact, wide, keep, oracle.q[0], 4.5 * squares_of_q.sqrt())
     dtypes = {"y": inputs.x.dtype, **{name: t.dtype for name, t in inputs.named_tensors()}}
     found = {}
     for name, value in exact.items():
@@ -98,7 +106,12 @@ def bounds(exact: Results, inputs: AdapterInputs, keep: Tensor | None) -> tolera
 
 
 def _jumps(
-    exact: Results, wide: AdapterInputs, keep: Tensor | None, q: Tensor, reach: Tensor
+    make: type[Model],
+    exact: Results,
+    wide: BlockInputs,
+    keep: Tensor | None,
+    q: Tensor,
+    reach: Tensor,
 ) -> Results:
     """What changes when every q within ``reach`` of a kink has the derivative of the other side."""
     other_side = q
@@ -107,17 +120,17 @@ def _jumps(
         other_side = torch.where((q - kink).abs() < reach, across, other_side)
     if torch.equal(other_side, q):
         return {name: torch.zeros_like(value) for name, value in exact.items()}
-    model = _Model(Perturbation(), keep, other_side=other_side)
+    model = make(Perturbation(), keep, other_side=other_side)
     changed = run(model, _copies(wide, 1), [name for name in exact if name != "y"])
     return {name: (value[0] - exact[name]).abs() for name, value in changed.items()}
 
 
-def _copies(inputs: AdapterInputs, n: int) -> AdapterInputs:
+def _copies(inputs: AnyBlock, n: int) -> AnyBlock:
     """One copy of every tensor for each draw, along a new first dimension."""
     return inputs.map(lambda _, t: t.expand(n, *t.shape))
 
 
-class _Model:
+class Model:
     """`reference.bottleneck_adapter` in Monte Carlo arithmetic, on `_copies`; keeps q of the last call."""
 
     q: Tensor
@@ -132,7 +145,8 @@ class _Model:
         self.errors, self.keep, self.widened = errors, keep, widened
         self.other_side = other_side  # where the derivative of the activation is taken, if not at q
 
-    def __call__(self, copies: AdapterInputs) -> Tensor:
+    def __call__(self, copies: Any) -> Tensor:
+        """y for each draw."""
         e, s = self.errors, copies.map(self.narrowed)
         n, d = len(s.x), s.x.shape[-1]
         tokens = math.prod(s.x.shape[1:-1])
@@ -141,9 +155,9 @@ class _Model:
         v = x + skip if s.skip_in and skip is not None else x
         if s.pre_weight is not None:
             v = self.layernorm(v, s.pre_weight, s.pre_bias, s.pre_eps)
-        q = self.linear(e.rounded(v), s.down, s.down_bias)
+        q = self.down(e.rounded(v), s)
         self.q = q.detach()
-        w = s.scaling * self.linear(e.rounded(self.activate(q, s.activation)), s.up, s.up_bias)
+        w = s.scaling * self.up(e.rounded(self.activate(q, s.activation)), s)
         if s.scale is not None:
             one = s.scale.shape[1] == 1
             w = w * e.rows(e.columns(s.scale[:, None], d)[:, 0] if one else s.scale, tokens)
@@ -160,22 +174,34 @@ class _Model:
         return y.reshape(s.x.shape)
 
     def narrowed(self, name: str, tensor: Tensor) -> Tensor:
+        """What is wider than x, rounded to x's dtype."""
         return self.errors.rounded(tensor) if name in self.widened else tensor
 
     def activate(self, q: Tensor, name: str) -> Tensor:
+        """act(q), with the derivative of the other side of a kink where that is asked for."""
         a = ACTIVATIONS[name](q)
         if self.other_side is None:
             return a
         elsewhere = ACTIVATIONS[name](q + (self.other_side - q).detach())
         return elsewhere + (a - elsewhere).detach()
 
+    def down(self, v: Tensor, s: Any) -> Tensor:
+        """q."""
+        return self.linear(v, s.down, s.down_bias)
+
+    def up(self, a: Tensor, s: Any) -> Tensor:
+        """w."""
+        return self.linear(a, s.up, s.up_bias)
+
     def linear(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """a weightᵀ + bias."""
         result = self.errors.product(a, weight)
         if bias is not None:
             result = result + self.errors.rows(bias, a.shape[1])
         return self.errors.rounded(result)
 
     def layernorm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        """Of each row."""
         e, (_, tokens, d) = self.errors, x.shape
         centred = x - e.columns(e.mean(x), d)
         deviation = torch.sqrt(e.mean(centred.square()) + eps)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import combinations, product
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,14 +36,12 @@ NAMES = (
 
 
 @dataclass(frozen=True)
-class AdapterInputs(Inputs):
-    """The tensors of one `bottleneck_adapter` call, and the gradient that comes back to it."""
+class BlockInputs(Inputs):
+    """What an adapter's call has besides its projections."""
 
-    operation = "bottleneck_adapter"
+    names: ClassVar[tuple[str, ...]]  # of the tensors, in the order of the operator
     skip: Tensor | None
-    down: Tensor
     down_bias: Tensor | None
-    up: Tensor
     up_bias: Tensor | None
     scale: Tensor | None
     gate: Tensor | None  # of x's dimensions, broadcastable to (..., 1)
@@ -59,11 +57,6 @@ class AdapterInputs(Inputs):
     skip_in: bool
     residual_x: bool
     residual_skip: bool
-
-    @property
-    def args(self) -> tuple[Any, ...]:
-        """Positional arguments of `functional.bottleneck_adapter`."""
-        return (self.x, self.down, self.down_bias, self.up, self.up_bias)
 
     @property
     def kwargs(self) -> dict[str, Any]:
@@ -92,8 +85,8 @@ class AdapterInputs(Inputs):
 
     @property
     def operands(self) -> tuple[Tensor | None, ...]:
-        """What the operator and the backends take, in the order of ``NAMES``: x and skip as rows (T, d), gate (T,)."""
-        values = {name: getattr(self, name) for name in NAMES}
+        """What the operator and the backends take, in the order of ``names``: x and skip as rows (T, d), gate (T,)."""
+        values = {name: getattr(self, name) for name in self.names}
         for name in ("x", "skip"):
             if values[name] is not None:
                 rows = values[name].reshape(self.tokens, self.x.shape[-1])
@@ -107,6 +100,21 @@ class AdapterInputs(Inputs):
         """What follows the tensors and the seed among the operator's arguments."""
         numbers = (self.activation, self.scaling, self.pre_eps, self.eps, self.dropout_p)
         return (*numbers, self.skip_in, self.residual_x, self.residual_skip)
+
+
+@dataclass(frozen=True)
+class AdapterInputs(BlockInputs):
+    """The tensors of one `bottleneck_adapter` call, and the gradient that comes back to it."""
+
+    operation = "bottleneck_adapter"
+    names = NAMES
+    down: Tensor
+    up: Tensor
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Positional arguments of `functional.bottleneck_adapter`."""
+        return (self.x, self.down, self.down_bias, self.up, self.up_bias)
 
 
 @dataclass(frozen=True)

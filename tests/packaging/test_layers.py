@@ -28,6 +28,7 @@ LAYERS = (
 LEAVES = {
     "activations",
     "env",
+    "phm",
     "random",
     "segments",
 }  # anyone may import them, they import nothing of the package
