@@ -4,6 +4,7 @@
 
 #include "cpu/adapter.h"
 #include "cpu/compacter.h"
+#include "cpu/delta.h"
 #include "cpu/isa.h"
 #include "cpu/lora.h"
 #include "cpu/memory.h"
@@ -133,6 +134,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("bottleneck_adapter_bwd", &bottleneck_adapter_bwd, release());
   m.def("compacter_fwd", &compacter_fwd, release());
   m.def("compacter_bwd", &compacter_bwd, release());
+  m.def("diff_pruning_fwd", &pelt_fast::diff_pruning_fwd, release());
+  m.def("diff_pruning_bwd", &pelt_fast::diff_pruning_bwd, release());
+  m.def("masking_fwd", &pelt_fast::masking_fwd, release());
+  m.def("masking_bwd", &pelt_fast::masking_bwd, release());
   m.def(
       "isa", [] { return pelt_fast::isa_name(pelt_fast::current_isa()); },
       "The instruction set in use.");

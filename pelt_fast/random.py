@@ -9,6 +9,9 @@ Source of the generator: Salmon et al., "Parallel random numbers: as easy as 1, 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -67,6 +70,17 @@ def philox_mask(seed: Tensor, shape: tuple[int, int], p: float, adapter_index: i
     counter = torch.arange((elements + 3) // 4, dtype=torch.int64, device=seed.device)
     words = philox_words(counter, adapter_index, seed.reshape(1))
     return (words.reshape(-1)[:elements] >= keep_threshold(p)).reshape(shape)
+
+
+def philox_odds(seed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """(1 - u) / u of uniform numbers u = (word + 1/2) / 2**32, with the words of a mask of adapter 0.
+
+    Odds and no u: where u is near 1, what is left of 1 - u after rounding would have no digits.
+    """
+    elements = math.prod(shape)
+    counter = torch.arange((elements + 3) // 4, dtype=torch.int64, device=seed.device)
+    words = philox_words(counter, 0, seed.reshape(1)).reshape(-1)[:elements].reshape(tuple(shape))
+    return ((_M32 - words).to(dtype) + 0.5) / (words.to(dtype) + 0.5)
 
 
 def keep_scale(p: float) -> float:

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "gates.h"
 #include "rows.h"
 #include "types.h"
 
@@ -58,6 +59,7 @@ struct Kernels {
   void (*philox)(uint64_t seed, uint32_t stream, uint64_t first, int64_t n, uint32_t* words);
 
   RowKernels<T> rows;
+  GateKernels<A> gates;
 };
 
 template <class T>

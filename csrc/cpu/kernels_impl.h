@@ -494,13 +494,17 @@ void philox(uint64_t seed, uint32_t stream, uint64_t first, int64_t n, uint32_t*
   }
 }
 
+// clang-format off: the order is the point
 #include "rows_impl.h"
+#include "gates_impl.h"
+// clang-format on
 
 template <class T>
 constexpr Kernels<T> table(const char* name) {
   using A = Acc<T>;
-  return {name,    Vec<A>::N,     gemm<T>,   gemm<A>,       dots<A>, transpose<A>,  widen<T>,
-          drop<T>, interleave<T>, narrow<T>, add_masked<A>, philox,  row_table<T>()};
+  return {name,          Vec<A>::N, gemm<T>,        gemm<A>,        dots<A>,
+          transpose<A>,  widen<T>,  drop<T>,        interleave<T>,  narrow<T>,
+          add_masked<A>, philox,    row_table<T>(), gate_table<A>()};
 }
 
 } // namespace

@@ -2,12 +2,16 @@
 
 from .adapter import BottleneckAdapterFunction
 from .compacter import CompacterFunction
+from .delta import DiffPruningFunction, DiffPruningLinearFunction, MaskedLinearFunction
 from .lora import LoRALinearFunction
 from .multi_lora import MultiLoRAFunction
 
 __all__ = [
     "BottleneckAdapterFunction",
     "CompacterFunction",
+    "DiffPruningFunction",
+    "DiffPruningLinearFunction",
     "LoRALinearFunction",
+    "MaskedLinearFunction",
     "MultiLoRAFunction",
 ]

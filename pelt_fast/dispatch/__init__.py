@@ -1,7 +1,14 @@
 """From a problem to the backend that runs it."""
 
 from .explain import Choice, Explanation, explain_problem
-from .problem import AdapterProblem, CompacterProblem, LoRAProblem, MultiLoRAProblem, arch_of
+from .problem import (
+    AdapterProblem,
+    CompacterProblem,
+    DeltaProblem,
+    LoRAProblem,
+    MultiLoRAProblem,
+    arch_of,
+)
 from .registry import BackendUnavailable, backend
 from .select import asked_for, check_name, select, use_backend
 
@@ -10,6 +17,7 @@ __all__ = [
     "BackendUnavailable",
     "Choice",
     "CompacterProblem",
+    "DeltaProblem",
     "Explanation",
     "LoRAProblem",
     "MultiLoRAProblem",

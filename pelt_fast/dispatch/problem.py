@@ -137,6 +137,28 @@ class MultiLoRAProblem(NamedTuple):
         return f"{text} on {self.device_type} ({self.arch})"
 
 
+class DeltaProblem(NamedTuple):
+    """One pass over the elements of a weight that is made of a frozen one. ``dtype`` is the frozen weight's."""
+
+    op: str  # "diff_pruning_fwd" | "diff_pruning_bwd" | "masking_fwd" | "masking_bwd"
+    device_type: str
+    arch: str
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    elements: int
+
+    @property
+    def family(self) -> str:
+        """The module of a backend that has this operation."""
+        return "delta"
+
+    def __str__(self) -> str:
+        dtype, out = (str(d).removeprefix("torch.") for d in (self.dtype, self.out_dtype))
+        text = f"{self.op} {dtype} of {self.elements} elements"
+        text += "" if dtype == out else f" as {out}"
+        return f"{text} on {self.device_type} ({self.arch})"
+
+
 @lru_cache(maxsize=64)
 def arch_of(device_type: str, index: int | None) -> str:
     """The architecture of a device: "sm_90" for a GPU, torch's CPU capability in lower case for a CPU."""

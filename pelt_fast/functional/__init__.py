@@ -11,6 +11,14 @@ from ..phm import PHM
 from ..random import philox_mask
 from .adapter import bottleneck_adapter, explain_bottleneck_adapter
 from .compacter import compacter, explain_compacter, phm_linear
+from .delta import (
+    diff_pruning_linear,
+    diff_pruning_weight,
+    explain_diff_pruning_linear,
+    explain_diff_pruning_weight,
+    explain_masked_linear,
+    masked_linear,
+)
 from .lora import MAX_RANK, explain_lora_linear, lora_linear
 from .multi_bottleneck import multi_bottleneck
 from .multi_lora import explain_multi_lora, multi_lora
@@ -22,8 +30,11 @@ __all__ = [
     "activation_name",
     "bottleneck_adapter",
     "compacter",
+    "diff_pruning_linear",
+    "diff_pruning_weight",
     "explain",
     "lora_linear",
+    "masked_linear",
     "multi_bottleneck",
     "multi_lora",
     "philox_mask",
@@ -35,6 +46,9 @@ _EXPLAINED: dict[str, Callable[..., Explanation]] = {
     "bottleneck_adapter": explain_bottleneck_adapter,
     "compacter": explain_compacter,
     "multi_lora": explain_multi_lora,
+    "diff_pruning_weight": explain_diff_pruning_weight,
+    "diff_pruning_linear": explain_diff_pruning_linear,
+    "masked_linear": explain_masked_linear,
 }
 
 
@@ -42,7 +56,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Which backend a call would run on, forward and backward, and why not the others.
 
     Args:
-        op: "lora_linear", "bottleneck_adapter", "compacter" or "multi_lora".
+        op: the name of the function: "lora_linear", "bottleneck_adapter", "multi_lora" and the others of one operation.
         *args: the arguments of the function of that name in ``pelt_fast.functional``; nothing is computed.
         **kwargs: likewise.
 

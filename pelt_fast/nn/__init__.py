@@ -1,7 +1,15 @@
 """Drop-in layers."""
 
 from .adapter import BottleneckAdapter
+from .delta import DiffPruningLinear, MaskedLinear, diff_pruning_penalty
 from .lora import LoRALinear
 from .multi_lora import MultiLoRALinear
 
-__all__ = ["BottleneckAdapter", "LoRALinear", "MultiLoRALinear"]
+__all__ = [
+    "BottleneckAdapter",
+    "DiffPruningLinear",
+    "LoRALinear",
+    "MaskedLinear",
+    "MultiLoRALinear",
+    "diff_pruning_penalty",
+]

@@ -2,6 +2,7 @@
 
 from .adapter import bottleneck_adapter_bwd, bottleneck_adapter_fwd
 from .compacter import compacter_bwd, compacter_fwd
+from .delta import diff_pruning_bwd, diff_pruning_fwd, masking_bwd, masking_fwd
 from .lora import lora_linear_bwd, lora_linear_fwd
 from .multi_lora import multi_lora_add_, multi_lora_bwd, multi_lora_fwd
 
@@ -10,8 +11,12 @@ __all__ = [
     "bottleneck_adapter_fwd",
     "compacter_bwd",
     "compacter_fwd",
+    "diff_pruning_bwd",
+    "diff_pruning_fwd",
     "lora_linear_bwd",
     "lora_linear_fwd",
+    "masking_bwd",
+    "masking_fwd",
     "multi_lora_add_",
     "multi_lora_bwd",
     "multi_lora_fwd",

@@ -2,7 +2,16 @@
 
 from .adapter import bottleneck_adapter
 from .compacter import compacter, phm_matrix
+from .delta import diff_pruning_weight, masked_weight
 from .lora import lora_linear
 from .multi_lora import multi_lora
 
-__all__ = ["bottleneck_adapter", "compacter", "lora_linear", "multi_lora", "phm_matrix"]
+__all__ = [
+    "bottleneck_adapter",
+    "compacter",
+    "diff_pruning_weight",
+    "lora_linear",
+    "masked_weight",
+    "multi_lora",
+    "phm_matrix",
+]
