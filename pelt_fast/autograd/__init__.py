@@ -3,10 +3,12 @@
 from .adapter import BottleneckAdapterFunction
 from .compacter import CompacterFunction
 from .delta import DiffPruningFunction, DiffPruningLinearFunction, MaskedLinearFunction
+from .fusion import AdapterFusionFunction
 from .lora import LoRALinearFunction
 from .multi_lora import MultiLoRAFunction
 
 __all__ = [
+    "AdapterFusionFunction",
     "BottleneckAdapterFunction",
     "CompacterFunction",
     "DiffPruningFunction",

@@ -108,6 +108,38 @@ class CompacterProblem(NamedTuple):
         return f"{text} on {self.device_type} ({self.arch})"
 
 
+class FusionProblem(NamedTuple):
+    """One pass of AdapterFusion in the bottleneck space. ``dtype`` is x's, the one that is computed in."""
+
+    op: str  # "adapter_fusion_fwd" | "adapter_fusion_bwd"
+    device_type: str
+    arch: str
+    dtype: torch.dtype
+    param_dtypes: tuple[torch.dtype, ...]
+    tokens: int
+    features: int
+    widths: tuple[int, ...]  # the bottlenecks of the adapters
+    activation: str
+    query: bool  # it comes from elsewhere than the adapters' input
+    pre_ln: bool
+    post_ln: bool
+    skip: bool
+    dropout: bool
+
+    @property
+    def family(self) -> str:
+        """The module of a backend that has this operation."""
+        return "fusion"
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        widths = "+".join(map(str, self.widths))
+        text = f"{self.op} {dtype} T={self.tokens} d={self.features} m={widths} {self.activation}"
+        flags = ("query", "pre_ln", "post_ln", "skip", "dropout")
+        text += "".join(f" {flag}" for flag in flags if getattr(self, flag))
+        return f"{text} on {self.device_type} ({self.arch})"
+
+
 class MultiLoRAProblem(NamedTuple):
     """One pass of batched multi-LoRA over projections that share x. ``dtype`` is x's, the one that is computed in."""
 

@@ -19,6 +19,8 @@ from .delta import (
     explain_masked_linear,
     masked_linear,
 )
+from .fusion import adapter_fusion, explain_adapter_fusion
+from .fusion_cache import clear_folded, folded_bytes
 from .lora import MAX_RANK, explain_lora_linear, lora_linear
 from .multi_bottleneck import multi_bottleneck
 from .multi_lora import explain_multi_lora, multi_lora
@@ -28,11 +30,14 @@ __all__ = [
     "MAX_RANK",
     "PHM",
     "activation_name",
+    "adapter_fusion",
     "bottleneck_adapter",
+    "clear_folded",
     "compacter",
     "diff_pruning_linear",
     "diff_pruning_weight",
     "explain",
+    "folded_bytes",
     "lora_linear",
     "masked_linear",
     "multi_bottleneck",
@@ -46,6 +51,7 @@ _EXPLAINED: dict[str, Callable[..., Explanation]] = {
     "bottleneck_adapter": explain_bottleneck_adapter,
     "compacter": explain_compacter,
     "multi_lora": explain_multi_lora,
+    "adapter_fusion": explain_adapter_fusion,
     "diff_pruning_weight": explain_diff_pruning_weight,
     "diff_pruning_linear": explain_diff_pruning_linear,
     "masked_linear": explain_masked_linear,
@@ -56,7 +62,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Which backend a call would run on, forward and backward, and why not the others.
 
     Args:
-        op: the name of the function: "lora_linear", "bottleneck_adapter", "multi_lora" and the others of one operation.
+        op: the name of the function: "lora_linear", "bottleneck_adapter", "multi_lora" and the others of one operation or "adapter_fusion".
         *args: the arguments of the function of that name in ``pelt_fast.functional``; nothing is computed.
         **kwargs: likewise.
 

@@ -1,20 +1,23 @@
 """The library's bottleneck layers compute with ``pelt_fast.nn.bottleneck_block``.
 
-The fast class differs in two methods: ``bottleneck_layer_forward``, the only place that has the
-sub-layer's output, its residual input and its layernorm, so that one adapter is one fused call with
-both; and ``compose_single``, which every composition block calls for each of its adapters.
+The fast class differs in three methods: ``bottleneck_layer_forward``, the only place that has the
+sub-layer's output, its residual input and its layernorm, so that one adapter, or one ``Fuse`` of plain
+adapters, is one fused call with both; ``compose_single``, which every composition block calls for each
+of its adapters; and ``compose_fuse`` for a ``Fuse`` inside another block.
 """
 
 from __future__ import annotations
 
 import torch
-from adapters.composition import AdapterCompositionBlock
+from adapters.composition import AdapterCompositionBlock, Fuse
 from adapters.methods.bottleneck import BottleneckLayer, BottleneckState
 from torch import Tensor, nn
 
 from ..functional import explain
 from ..nn.bottleneck_block import BottleneckSpec, bottleneck_block, bottleneck_core
+from ..nn.fusion_block import FusionSpec, fusion_block
 from .adapters_class import REPORT_TOKENS, Accelerated, fast_class, methods_obstacle
+from .adapters_fusion_operands import fuse_spec, fusion_spec, leave_behind, single_fuse
 from .adapters_operands import adapter_spec, block_spec, core_spec, fuses, single_adapter
 from .obstacles import dtype_name, mixture_obstacle, type_name
 
@@ -41,6 +44,12 @@ class FastBottleneckLayer(Accelerated, BottleneckLayer):
         self, hidden_states: Tensor, residual_input: Tensor | None, layer_norm: nn.Module | None
     ) -> Tensor:
         """As the library's, which runs wherever a call is not served."""
+        fuse = single_fuse(self)
+        if fuse is not None:
+            fusion = fusion_spec(self, fuse, hidden_states, residual_input, layer_norm)
+            if isinstance(fusion, FusionSpec):
+                return self._fuse(fuse, fusion, hidden_states, residual_input, layer_norm)
+            return super().bottleneck_layer_forward(hidden_states, residual_input, layer_norm)
         spec = block_spec(self, hidden_states, residual_input, layer_norm)
         if isinstance(spec, str):
             return super().bottleneck_layer_forward(hidden_states, residual_input, layer_norm)
@@ -61,10 +70,31 @@ class FastBottleneckLayer(Accelerated, BottleneckLayer):
         return state._replace(hidden_states=y, bottleneck_up=None, last=adapter_setup)
 
     def compose_fuse(
-        self, adapter_setup: AdapterCompositionBlock, state: BottleneckState, lvl: int = 0
+        self, adapter_setup: Fuse, state: BottleneckState, lvl: int = 0
     ) -> BottleneckState:
-        """The library's, whose own adapters run inside."""
-        return BottleneckState(*super().compose_fuse(adapter_setup, _FuseState(*state), lvl))
+        """As the library's, whose own adapters run inside where a ``Fuse`` is not served."""
+        o, x, norm = state.hidden_states, state.input_tensor, state.layer_norm
+        spec = fusion_spec(self, adapter_setup, o, x, norm)
+        if isinstance(spec, str):
+            return BottleneckState(*super().compose_fuse(adapter_setup, _FuseState(*state), lvl))
+        y = self._fuse(adapter_setup, spec, o, x, norm, after=False)
+        return state._replace(hidden_states=y, last=adapter_setup.last())
+
+    def _fuse(
+        self,
+        setup: Fuse,
+        spec: FusionSpec,
+        hidden_states: Tensor,
+        residual_input: Tensor | None,
+        layer_norm: nn.Module | None,
+        after: bool = True,
+    ) -> Tensor:
+        """``fusion_block``, and what the library's own forward leaves behind."""
+        y, attention = fusion_block(
+            spec, hidden_states, residual_input, layer_norm, training=True, after=after
+        )
+        leave_behind(self, setup, attention)
+        return y
 
 
 def accelerated_class(library_class: type) -> type:
@@ -88,7 +118,7 @@ def describe(layer: BottleneckLayer, base_dtype: torch.dtype | None) -> list[str
     if setup is None:
         return _why_idle(layer)
     if fuses(setup):
-        return "its adapters are in a Fuse, which reads more of them than their results"
+        return _describe_fuse(layer, setup, base_dtype)
     single = single_adapter(layer, setup)
     kinds, reasons = [], []
     for name, adapter in layer.adapters.items():
@@ -105,6 +135,36 @@ def describe(layer: BottleneckLayer, base_dtype: torch.dtype | None) -> list[str
             norm = getattr(layer, "LayerNorm", None) if single else None
             kinds.append(_kind(spec, x, inside, norm))
     return "; ".join(reasons) if reasons else kinds
+
+
+def _describe_fuse(
+    layer: BottleneckLayer, setup: AdapterCompositionBlock, base_dtype: torch.dtype | None
+) -> list[str] | str:
+    """A ``Fuse`` and nothing else is described; of others, that the library composes them."""
+    fuse = single_fuse(layer)
+    if fuse is None:
+        return f"a Fuse inside {type_name(setup)}: decided at each call"
+    first = next(layer.adapters.parameters())
+    x = torch.zeros((), dtype=base_dtype or first.dtype, device=first.device)
+    x = x.expand(REPORT_TOKENS, layer.model_config.hidden_size)
+    spec = fuse_spec(layer, fuse, x)
+    if isinstance(spec, str):
+        return spec
+    forward, backward = explain(
+        "adapter_fusion",
+        x,
+        *spec[:4],
+        activation=spec.activation,
+        skip=x.clone() if spec.original_ln_before and not spec.is_parallel else None,
+        dropout_p=spec.dropout,
+        training=True,
+    ).backends
+    widths = "+".join(str(w.shape[0]) for w in spec.down_weights)
+    return [
+        f"{x.shape[-1]} -> {widths}, fusion of {len(spec.down_weights)}, {spec.activation}, "
+        f"{dtype_name(spec.down_weights[0].dtype)} over {dtype_name(x.dtype)}, T = {REPORT_TOKENS}: "
+        f"{forward or 'no backend'} forward, {backward or 'no backend'} backward"
+    ]
 
 
 def _why_idle(layer: BottleneckLayer) -> str:

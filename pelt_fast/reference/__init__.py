@@ -3,10 +3,12 @@
 from .adapter import bottleneck_adapter
 from .compacter import compacter, phm_matrix
 from .delta import diff_pruning_weight, masked_weight
+from .fusion import adapter_fusion
 from .lora import lora_linear
 from .multi_lora import multi_lora
 
 __all__ = [
+    "adapter_fusion",
     "bottleneck_adapter",
     "compacter",
     "diff_pruning_weight",

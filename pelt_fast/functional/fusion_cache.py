@@ -1,0 +1,126 @@
+"""Folded matrices of AdapterFusion, kept between calls that need no gradient of what they are folded of.
+
+An entry is given again only for the very same tensors, at the same addresses and versions and with the same contents:
+by hash, all of a small one and a walk through every row and column of a large one, for what the version counter does
+not see (``.data``, memory shared with NumPy). A call that wants gradients of these tensors drops their entry, because
+a step of an optimizer will follow; an entry goes with the first tensor that it is made of. Where contents cannot be
+read cheaply (another device than the CPU, no C++ extension, large tensors that count no versions) nothing is kept.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..dispatch import backend
+from ..env import env
+from .fusion_fold import Adapters, Attention, Folded
+
+
+class _Entry(NamedTuple):
+    sources: tuple[weakref.ref[Tensor], ...]
+    fingerprint: int
+    folded: Folded
+    bytes: int
+
+
+class FoldCache:
+    """Folds by what they are made of; the least recently used go first where ``limit`` bytes do not suffice."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.bytes = 0
+        self._entries: OrderedDict[Any, _Entry] = OrderedDict()
+        self._lock = threading.RLock()  # a tensor may die, and its callback run, while it is held
+
+    def get(
+        self, adapters: Adapters, attention: Attention, shift: bool, make: Callable[[], Folded]
+    ) -> Folded | None:
+        """The fold of these tensors, made where there is none; None where none can be kept."""
+        sources = _sources(adapters, attention)
+        fingerprint = _fingerprint(sources) if self.limit > 0 else None
+        if fingerprint is None:
+            return None
+        key = _key(adapters, sources, shift)
+        with self._lock:
+            entry = self._entries.get(key)
+            if (
+                entry is not None
+                and entry.fingerprint == fingerprint
+                and all(ref() is t for ref, t in zip(entry.sources, sources, strict=True))
+            ):
+                self._entries.move_to_end(key)
+                return entry.folded
+        # tensors of inference mode could not take part in a later call that is differentiated
+        with torch.inference_mode(False), torch.no_grad():
+            folded = Folded(*(None if t is None else t.clone() for t in make()))  # type: ignore[arg-type]
+        size = sum(t.untyped_storage().nbytes() for t in folded if t is not None)
+        with self._lock:
+            self._drop(key)
+            if size <= self.limit:
+                while self.bytes + size > self.limit:
+                    self._drop(next(iter(self._entries)))
+                refs = tuple(weakref.ref(t, lambda _: self._drop(key)) for t in sources)
+                self._entries[key] = _Entry(refs, fingerprint, folded, size)
+                self.bytes += size
+        return folded
+
+    def forget(self, adapters: Adapters, attention: Attention) -> None:
+        """Drops what is made of these tensors: they are about to change."""
+        if not self._entries:
+            return
+        sources = _sources(adapters, attention)
+        for shift in (False, True):
+            self._drop(_key(adapters, sources, shift))
+
+    def clear(self) -> None:
+        """Drops everything."""
+        with self._lock:
+            for key in list(self._entries):
+                self._drop(key)
+
+    def _drop(self, key: Any) -> None:
+        with self._lock:
+            entry = self._entries.pop(key, None)
+            if entry is not None:
+                self.bytes -= entry.bytes
+
+
+folds = FoldCache(env.pack_limit_mb << 20)
+
+
+def folded_bytes() -> int:
+    """Memory that folded matrices of AdapterFusion take; ``PELT_FAST_PACK_LIMIT_MB`` bounds it."""
+    return folds.bytes
+
+
+def clear_folded() -> None:
+    """Forgets every folded matrix of AdapterFusion."""
+    folds.clear()
+
+
+def _sources(adapters: Adapters, attention: Attention) -> list[Tensor]:
+    members = (*adapters.down, *adapters.down_bias, *adapters.up, *adapters.up_bias)
+    return [t for t in (*members, *adapters.scaling, *attention) if isinstance(t, Tensor)]
+
+
+def _key(adapters: Adapters, sources: Sequence[Tensor], shift: bool) -> Any:
+    numbers = tuple(s for s in adapters.scaling if not isinstance(s, Tensor))
+    return (tuple(map(id, sources)), numbers, shift)
+
+
+def _fingerprint(sources: Sequence[Tensor]) -> int | None:
+    """Of addresses, versions and contents; None where that cannot be had."""
+    if any(t.device.type != "cpu" for t in sources):
+        return None
+    module = backend("cpp", "fusion").module
+    if module is None:
+        return None
+    found: int | None = module.fingerprint(sources)
+    return found
