@@ -14,8 +14,9 @@ from torch import Tensor
 import pelt_fast
 from pelt_fast import functional as PF
 from pelt_fast.env import env
-from pelt_fast.testing import adapter_oracle, multi_lora_oracle, oracle
+from pelt_fast.testing import adapter_oracle, fusion_oracle, multi_lora_oracle, oracle
 from pelt_fast.testing.adapter_workloads import BlockInputs
+from pelt_fast.testing.fusion_workloads import FusionInputs
 from pelt_fast.testing.inputs import Inputs
 from pelt_fast.testing.multi_lora_workloads import MultiLoRAInputs
 
@@ -74,6 +75,8 @@ class Backend:
         """y and the gradients by name, and the dropout mask or masks that the call drew."""
         if isinstance(inputs, BlockInputs):
             return adapter_oracle.run_with_mask(self, inputs, wanted, seed)
+        if isinstance(inputs, FusionInputs):
+            return fusion_oracle.run_with_mask(self, inputs, wanted, seed)
         if isinstance(inputs, MultiLoRAInputs):
             return multi_lora_oracle.run_with_masks(self, inputs, wanted, seed)
         return oracle.run_with_masks(self, inputs, wanted, seed)

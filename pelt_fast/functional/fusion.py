@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -226,7 +227,7 @@ def _folded(call: _Call) -> Folded | None:
 
 
 def _fold(call: _Call) -> Folded:
-    with torch.autocast(call.x.device.type, enabled=False):
+    with _no_autocast(call.x):
         return fold(call.adapters, call.attention, call.shift)
 
 
@@ -241,6 +242,13 @@ def _core(call: _Call, folded: Folded) -> tuple[Tensor, Tensor]:
     return y, p
 
 
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    device_type = x.device.type
+    if not torch.amp.is_autocast_available(device_type):  # meta's
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
 def _by_tokens(call: _Call) -> tuple[Tensor, Tensor]:
     """The tokens go through W_q and W_kᵀ on the way into the operator, and through W_v on the way out."""
     attention, settings = call.attention, call.settings
@@ -249,7 +257,7 @@ def _by_tokens(call: _Call) -> tuple[Tensor, Tensor]:
     pre_weight, pre_bias, ln_weight, ln_bias = (
         None if t is None else t.to(dtype) for t in call.layernorms
     )
-    with torch.autocast(call.x.device.type, enabled=False):
+    with _no_autocast(call.x):
         v = call.x if call.into is None else call.x + call.into
         if pre_weight is not None:
             v = F.layer_norm(v, (d,), pre_weight, pre_bias, settings.pre_eps)
@@ -279,7 +287,7 @@ def _by_tokens(call: _Call) -> tuple[Tensor, Tensor]:
         ),
     )
     y, p = _core(inner, folded)
-    with torch.autocast(call.x.device.type, enabled=False):
+    with _no_autocast(call.x):
         if w_v is not None:
             y = F.linear(y, w_v)
         for term in call.residuals:
@@ -330,16 +338,15 @@ def _check(
     for name, other in others:
         if other is not None:
             _check_like(name, other, x)
-    # the query and what is added inside are cast as what is added outside: identities are kept
-    extra = [t for t in (query, value_residual) if t is not None]
+    given = x
+    x, skip, residuals, autocast = _in_one_dtype(x, skip, residuals)
     for name, other in others[1:]:
-        if other is not None and not torch.is_autocast_enabled(x.device.type):
-            check_dtype(name, other, x, False, wider=False)
-    count = len(residuals)
-    x, skip, cast, autocast = _in_one_dtype(x, skip, [*residuals, *extra])
-    residuals, extra = cast[:count], list(cast[count:])
-    query = extra.pop(0) if query is not None else None
-    value_residual = extra.pop(0) if value_residual is not None else None
+        if other is not None:
+            check_dtype(name, other, x, autocast, wider=False)
+    # what goes into products or into what comes out of them promotes nothing
+    query, value_residual = (
+        t if t is None else x if t is given else t.to(x.dtype) for t in (query, value_residual)
+    )
 
     adapters = _check_adapters(
         x, down_weights, down_biases, up_weights, up_biases, scaling, autocast
