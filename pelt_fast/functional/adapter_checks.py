@@ -55,9 +55,9 @@ def check_rows(x: Tensor, residual: Tensor | Sequence[Tensor] | None, skip: Tens
     check_input(x, "d")
     residuals = () if residual is None else tensors("residual", residual)
     for i, value in enumerate(residuals):
-        _check_like("residual" if len(residuals) == 1 else f"residual[{i}]", value, x)
+        check_like("residual" if len(residuals) == 1 else f"residual[{i}]", value, x)
     if skip is not None:
-        _check_like("skip", skip, x)
+        check_like("skip", skip, x)
     return Rows(*_in_one_dtype(x, skip, residuals))
 
 
@@ -86,8 +86,8 @@ def check_vectors(
             check_tensor(name, vector, x, f"({symbol},)")
             check_vector(name, vector, symbol, size)
             check_dtype(name, vector, x, rows.autocast, wider=True)
-    _check_layernorm("pre_ln", pre_ln_weight, pre_ln_bias)
-    _check_layernorm("ln", ln_weight, ln_bias)
+    check_layernorm("pre_ln", pre_ln_weight, pre_ln_bias)
+    check_layernorm("ln", ln_weight, ln_bias)
 
 
 def check_around(
@@ -114,7 +114,7 @@ def check_around(
             f"backend {chosen!r} cannot run {operation} with a callable as activation; expected the name of "
             "an activation, or backend 'torch', which composes the call of PyTorch's own operators"
         )
-    skip, skip_in, residual_x, residual_skip, x = _terms(x, skip, residuals)
+    skip, skip_in, residual_x, residual_skip, x = terms(x, skip, residuals)
     settings = Settings(
         name,
         factor,
@@ -138,7 +138,8 @@ def once_each(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     )
 
 
-def _check_like(name: str, value: Any, x: Tensor) -> None:
+def check_like(name: str, value: Any, x: Tensor) -> None:
+    """``value`` is a tensor of x's shape, where x is."""
     check_tensor(name, value, x, "x's")
     if value.shape != x.shape:
         raise ValueError(f"{name} has shape {shape_of(value)}; expected {shape_of(x)}, x's shape")
@@ -175,7 +176,8 @@ def _in_one_dtype(
     )
 
 
-def _check_layernorm(name: str, weight: Tensor | None, bias: Tensor | None) -> None:
+def check_layernorm(name: str, weight: Tensor | None, bias: Tensor | None) -> None:
+    """No bias without a weight."""
     if weight is None and bias is not None:
         raise ValueError(
             f"{name}_bias is given without {name}_weight; expected both, the weight alone, or neither"
@@ -235,7 +237,7 @@ def _gate(gate: Tensor, x: Tensor, autocast: bool) -> Tensor:
     return gate.expand(shape).reshape(-1)
 
 
-def _terms(
+def terms(
     x: Tensor, skip: Tensor | None, residuals: Sequence[Tensor]
 ) -> tuple[Tensor | None, bool, bool, bool, Tensor]:
     """skip, skip_in, residual_x, residual_skip, x of the operator: two tensors and where each is added.

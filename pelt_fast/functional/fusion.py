@@ -17,18 +17,16 @@ from ..autograd.fusion import FusionSettings
 from ..dispatch import Explanation, explain_problem
 from ..ops.fusion import problem_of
 from ..random import new_seed
-from .adapter import _check_layernorm, _check_like, _in_one_dtype, _once_each, _terms, check_eps
+from .adapter_checks import check_eps, check_layernorm, check_like, check_rows, once_each, terms
 from .checks import (
     backend_name,
     check_dtype,
     check_finite,
-    check_input,
     check_probability,
     check_tensor,
     check_vector,
     number,
     shape_of,
-    tensors,
 )
 from .fusion_cache import folds as fold_cache
 from .fusion_fold import Adapters, Attention, Folded, fold, folds, results, stacked_down, wide_dtype
@@ -188,7 +186,7 @@ class _Call(NamedTuple):
     """The arguments of ``adapter_fusion``, checked."""
 
     x: Tensor
-    skip: Tensor | None  # as the operator takes it: see ``_terms`` of the adapter
+    skip: Tensor | None  # as the operator takes it: see ``terms`` of the adapter
     query: Tensor | None
     value_residual: Tensor | None
     residuals: Sequence[Tensor]
@@ -237,7 +235,7 @@ def _core(call: _Call, folded: Folded) -> tuple[Tensor, Tensor]:
     arguments: tuple[Tensor | None, ...]
     arguments = (call.x, call.skip, call.query, *folded, *call.layernorms)
     if torch.compiler.is_compiling():
-        arguments = _once_each(arguments)
+        arguments = once_each(arguments)
     y, p = AdapterFusionFunction.apply(call.settings, seed, *arguments)
     return y, p
 
@@ -329,19 +327,12 @@ def _check(
 ) -> _Call:
     """The arguments of ``adapter_fusion``."""
     attention = Attention(query_weight, query_bias, key_weight, key_bias, value_weight)
-    check_input(x, "d")
+    given, others = x, (("query", query), ("value_residual", value_residual))
+    x, skip, residuals, autocast = check_rows(x, residual, skip)
     d = x.shape[-1]
-    residuals = () if residual is None else tensors("residual", residual)
-    for i, value in enumerate(residuals):
-        _check_like("residual" if len(residuals) == 1 else f"residual[{i}]", value, x)
-    others = (("skip", skip), ("query", query), ("value_residual", value_residual))
     for name, other in others:
         if other is not None:
-            _check_like(name, other, x)
-    given = x
-    x, skip, residuals, autocast = _in_one_dtype(x, skip, residuals)
-    for name, other in others[1:]:
-        if other is not None:
+            check_like(name, other, x)
             check_dtype(name, other, x, autocast, wider=False)
     # what goes into products or into what comes out of them promotes nothing
     query, value_residual = (
@@ -361,8 +352,8 @@ def _check(
     for name, vector in vectors:
         if vector is not None:
             _check_vector(name, vector, x, "d", d, autocast)
-    _check_layernorm("pre_ln", pre_ln_weight, pre_ln_bias)
-    _check_layernorm("ln", ln_weight, ln_bias)
+    check_layernorm("pre_ln", pre_ln_weight, pre_ln_bias)
+    check_layernorm("ln", ln_weight, ln_bias)
     rate, warmth = number("dropout_p", dropout_p), number("temperature", temperature)
     check_probability("dropout_p", rate)
     if not 0.0 < warmth < float("inf"):
@@ -371,7 +362,7 @@ def _check(
         raise TypeError(
             f"activation is a {type(activation).__name__}; expected the name of an activation"
         )
-    term, skip_in, residual_x, residual_skip, whole = _terms(x, skip, residuals)
+    term, skip_in, residual_x, residual_skip, whole = terms(x, skip, residuals)
     into = skip if whole is x else None  # else it is in it
     settings = FusionSettings(
         activation_name(activation),

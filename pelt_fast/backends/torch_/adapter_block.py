@@ -97,7 +97,7 @@ def forward(
     pre_stats = post_stats = None
     v = x + skip if b.skip_in and skip is not None else x
     if b.pre_weight is not None:
-        v, pre_stats = _normalise(v, b.pre_weight, b.pre_bias, b.pre_eps)
+        v, pre_stats = normalise(v, b.pre_weight, b.pre_bias, b.pre_eps)
     q = down.linear(v, as_dtype(b.down_bias, dtype))
     s = up.linear(activate(q, b.activation), as_dtype(b.up_bias, dtype))
     s = _times(s, b.scaling, b.scale, b.gate, _keep(x, b.seed, b.dropout_p), b.dropout_p)
@@ -106,7 +106,7 @@ def forward(
     if b.residual_skip and skip is not None:
         s += skip
     if b.ln_weight is not None:
-        s, post_stats = _normalise(s, b.ln_weight, b.ln_bias, b.eps)
+        s, post_stats = normalise(s, b.ln_weight, b.ln_bias, b.eps)
     return s, q, pre_stats, post_stats
 
 
@@ -123,7 +123,7 @@ def backward(
     need: Needs,
 ) -> Gradients:
     """dy (T, d) -> the gradients that are needed, and of the projections what comes with them."""
-    dtype, wide = x.dtype, _wide(x.dtype)
+    dtype, wide = x.dtype, wide_dtype(x.dtype)
     a, w = activate(q, b.activation), None
     if b.ln_weight is not None or need.scale or need.gate:
         w = up.linear(a, as_dtype(b.up_bias, dtype))
@@ -135,7 +135,7 @@ def backward(
         s = s + x if b.residual_x else s
         s = s + skip if b.residual_skip and skip is not None else s
         mask = [True, need.ln_weight, need.ln_bias]
-        ds, dln, dln_bias = _normalise_backward(dy, s, post_stats, b.ln_weight, b.ln_bias, mask)
+        ds, dln, dln_bias = normalise_backward(dy, s, post_stats, b.ln_weight, b.ln_bias, mask)
 
     dscale = dgate = None
     if need.scale and b.scale is not None and w is not None:
@@ -156,15 +156,15 @@ def backward(
         dz = down.back(dq)
         if b.pre_weight is not None and pre_stats is not None:
             mask = [need.x or need.skip, need.pre_weight, need.pre_bias]
-            dz, dpre, dpre_bias = _normalise_backward(
+            dz, dpre, dpre_bias = normalise_backward(
                 dz, z, pre_stats, b.pre_weight, b.pre_bias, mask
             )
     if need.down and dq is not None:
-        v = z if b.pre_weight is None else _normalise(z, b.pre_weight, b.pre_bias, b.pre_eps)[0]
+        v = z if b.pre_weight is None else normalise(z, b.pre_weight, b.pre_bias, b.pre_eps)[0]
         ddown = down.gradients(dq, v)
     return Gradients(
-        x=_sum(dz, ds if b.residual_x else None) if need.x else None,
-        skip=_sum(dz if b.skip_in else None, ds if b.residual_skip else None)
+        x=fresh_sum(dz, ds if b.residual_x else None) if need.x else None,
+        skip=fresh_sum(dz if b.skip_in else None, ds if b.residual_skip else None)
         if need.skip
         else None,
         down=ddown,
@@ -180,7 +180,8 @@ def backward(
     )
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What is accumulated in."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -214,21 +215,21 @@ def _times(
     return value if keep is None else torch.where(keep, value, 0.0)
 
 
-def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+def fresh_sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     """Fresh: what an operator returns must not be one of its arguments."""
     if first is None:
         return None if second is None else second.clone()
     return first if second is None else first + second
 
 
-def _normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """The layernorm of rows, and (T, 2): mean, 1 / deviation."""
     dtype = x.dtype
     y, mean, rstd = _layer_norm(x, [x.shape[1]], weight.to(dtype), as_dtype(bias, dtype), eps)
-    return y, torch.cat((mean, rstd), 1).to(_wide(dtype))
+    return y, torch.cat((mean, rstd), 1).to(wide_dtype(dtype))
 
 
-def _normalise_backward(
+def normalise_backward(
     dy: Tensor,
     x: Tensor,
     stats: Tensor,

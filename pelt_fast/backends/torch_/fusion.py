@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...activations import activate, activate_backward
 from ...random import keep_scale, philox_mask
-from .adapter import _as, _normalise, _normalise_backward, _sum, _wide
+from .adapter_block import as_dtype, fresh_sum, normalise, normalise_backward, wide_dtype
 
 
 def unsupported(problem: Any) -> list[str]:
@@ -49,13 +49,13 @@ def adapter_fusion_fwd(
     residual_skip: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """y (T, d), q (T, M), k (T, M + N), p (T, N), mean and reciprocal deviation (T, 2) of each layernorm."""
-    dtype, wide = x.dtype, _wide(x.dtype)
+    dtype, wide = x.dtype, wide_dtype(x.dtype)
     pre_stats = post_stats = None
     v = x + skip if skip_in and skip is not None else x
     if pre_weight is not None:
-        v, pre_stats = _normalise(v, pre_weight, pre_bias, pre_eps)
-    q = F.linear(v, down.to(dtype), _as(down_bias, dtype))
-    k = F.linear(v if query is None else query, score.to(dtype), _as(score_bias, dtype))
+        v, pre_stats = normalise(v, pre_weight, pre_bias, pre_eps)
+    q = F.linear(v, down.to(dtype), as_dtype(down_bias, dtype))
+    k = F.linear(v if query is None else query, score.to(dtype), as_dtype(score_bias, dtype))
     h, bottleneck = activate(q, activation).to(wide), q.shape[1]
     scores = _sums(h * k[:, :bottleneck], widths) + k[:, bottleneck:]
     keep = _keep(scores, seed, dropout_p)
@@ -66,7 +66,7 @@ def adapter_fusion_fwd(
     if residual_skip and skip is not None:
         s += skip
     if ln_weight is not None:
-        s, post_stats = _normalise(s, ln_weight, ln_bias, eps)
+        s, post_stats = normalise(s, ln_weight, ln_bias, eps)
     return s, q, k, p, pre_stats, post_stats
 
 
@@ -106,7 +106,7 @@ def adapter_fusion_bwd(
         needs
     )
     need_value, need_pre_weight, need_pre_bias, need_ln_weight, need_ln_bias = more
-    dtype, wide, bottleneck = x.dtype, _wide(x.dtype), q.shape[1]
+    dtype, wide, bottleneck = x.dtype, wide_dtype(x.dtype), q.shape[1]
     h = activate(q, activation).to(wide)
     a = _weighted(h, p, widths).to(dtype)
 
@@ -116,7 +116,7 @@ def adapter_fusion_bwd(
         s = s + x if residual_x else s
         s = s + skip if residual_skip and skip is not None else s
         mask = [True, need_ln_weight, need_ln_bias]
-        ds, dln, dln_bias = _normalise_backward(dy, s, post_stats, ln_weight, ln_bias, mask)
+        ds, dln, dln_bias = normalise_backward(dy, s, post_stats, ln_weight, ln_bias, mask)
 
     need_v = need_x or need_skip or need_pre_weight or need_pre_bias
     need_q = need_v or need_down or need_down_bias
@@ -124,7 +124,7 @@ def adapter_fusion_bwd(
     z = x + skip if skip_in and skip is not None else x
     v = z
     if (need_down or (need_score and query is None)) and pre_weight is not None:
-        v = _normalise(z, pre_weight, pre_bias, pre_eps)[0]
+        v = normalise(z, pre_weight, pre_bias, pre_eps)[0]
     dq = dk = dz = dquery = dpre = dpre_bias = None
     if need_q or need_k:
         da = (ds @ value.to(dtype).T).to(wide)
@@ -145,10 +145,10 @@ def adapter_fusion_bwd(
             dz += dk @ score.to(dtype)
         if pre_weight is not None and pre_stats is not None:
             mask = [need_x or need_skip, need_pre_weight, need_pre_bias]
-            dz, dpre, dpre_bias = _normalise_backward(dz, z, pre_stats, pre_weight, pre_bias, mask)
+            dz, dpre, dpre_bias = normalise_backward(dz, z, pre_stats, pre_weight, pre_bias, mask)
     found = (
-        _sum(dz, ds if residual_x else None) if need_x else None,
-        _sum(dz if skip_in else None, ds if residual_skip else None) if need_skip else None,
+        fresh_sum(dz, ds if residual_x else None) if need_x else None,
+        fresh_sum(dz if skip_in else None, ds if residual_skip else None) if need_skip else None,
         dquery,
         dq.T @ v if need_down and dq is not None else None,
         dq.sum(0, dtype=wide) if need_down_bias and dq is not None else None,
