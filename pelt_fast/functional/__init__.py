@@ -62,7 +62,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Which backend a call would run on, forward and backward, and why not the others.
 
     Args:
-        op: the name of the function: "lora_linear", "bottleneck_adapter", "multi_lora" and the others of one operation or "adapter_fusion".
+        op: the name of the function: "lora_linear", "bottleneck_adapter", "multi_lora" and the others of one operation.
         *args: the arguments of the function of that name in ``pelt_fast.functional``; nothing is computed.
         **kwargs: likewise.
 

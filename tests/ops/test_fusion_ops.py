@@ -111,10 +111,19 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
+def test_compiles_as_one_graph(able):
+    """The front and its folding, as far as Dynamo; the operators go through AOT dispatch above."""
+    inputs = FusionCase("", (2, 7), D, WIDTHS, **HOULSBY).make(torch.float32)
+    leaves = inputs.map(lambda name, t: t.detach().requires_grad_(name != "dy"))
+    compiled = torch.compile(PF.adapter_fusion, fullgraph=True, backend="eager")
+    more = {**leaves.kwargs, "backend": able.name}
+    assert torch.equal(compiled(*leaves.args, **more), PF.adapter_fusion(*leaves.args, **more))
+
+
 @pytest.mark.parametrize(
     ("block", "tokens"),
     [
-        pytest.param(HOULSBY, (13, 17), id="houlsby"),
+        pytest.param(HOULSBY, (13, 17), id="houlsby", marks=pytest.mark.slow),
         pytest.param(EVERYTHING, (13, 17, 40), id="folded", marks=pytest.mark.slow),
         pytest.param(PFEIFFER, (13, 17, 40), id="pfeiffer", marks=pytest.mark.slow),
         pytest.param(EVERYTHING, (2, 3, 5), id="few_tokens", marks=pytest.mark.slow),
