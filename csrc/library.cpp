@@ -10,10 +10,33 @@
 #include "cpu/memory.h"
 #include "cpu/multi_lora.h"
 #include "cpu/packed.h"
+#include "cpu/shape.h"
+#include "ordinary.h"
 
 namespace py = pybind11;
 
 namespace {
+
+using pelt_fast::from_rows;
+using pelt_fast::to_rows;
+
+pelt_fast::OptionalTensor to_rows(const pelt_fast::OptionalTensor& t) {
+  return t ? pelt_fast::OptionalTensor(to_rows(*t)) : t;
+}
+pelt_fast::OptionalTensor from_rows(const pelt_fast::OptionalTensor& t, const at::Tensor& like) {
+  return t ? pelt_fast::OptionalTensor(from_rows(*t, like)) : t;
+}
+
+auto lora_linear_fwd(const at::Tensor& x, const at::Tensor& weight,
+                     const pelt_fast::OptionalTensor& bias, const std::vector<at::Tensor>& lora_a,
+                     const std::vector<at::Tensor>& lora_b,
+                     const std::vector<pelt_fast::OptionalTensor>& lora_bias,
+                     const std::vector<double>& scaling, const std::vector<double>& dropout_p,
+                     const pelt_fast::OptionalTensor& seed) {
+  auto [y, s] = pelt_fast::lora_linear_fwd(to_rows(x), weight, bias, lora_a, lora_b, lora_bias,
+                                           scaling, dropout_p, seed);
+  return std::make_tuple(from_rows(y, x), s);
+}
 
 py::tuple lora_linear_bwd(const at::Tensor& dy, const pelt_fast::OptionalTensor& x,
                           const at::Tensor& weight, const std::vector<at::Tensor>& lora_a,
@@ -25,8 +48,10 @@ py::tuple lora_linear_bwd(const at::Tensor& dy, const pelt_fast::OptionalTensor&
   pelt_fast::LoRAGradients g;
   {
     py::gil_scoped_release release;
-    g = pelt_fast::lora_linear_bwd(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed,
-                                   need_dx, need_dbias, need_da, need_db, need_dlora_bias);
+    g = pelt_fast::lora_linear_bwd(to_rows(dy), to_rows(x), weight, lora_a, lora_b, s, scaling,
+                                   dropout_p, seed, need_dx, need_dbias, need_da, need_db,
+                                   need_dlora_bias);
+    g.dx = from_rows(g.dx, dy);
   }
   return py::make_tuple(g.dx, g.dbias, g.da, g.db, g.dlora_bias);
 }
@@ -47,7 +72,9 @@ py::tuple lora_linear_bwd(const at::Tensor& dy, const pelt_fast::OptionalTensor&
 
 auto bottleneck_adapter_fwd(const at::Tensor& x, const pelt_fast::OptionalTensor& skip,
                             PELT_ADAPTER_ARGUMENTS) {
-  return pelt_fast::bottleneck_adapter_fwd(x, skip, PELT_ADAPTER_TENSORS, PELT_ADAPTER_SETTINGS);
+  auto [y, q, pre_stats, post_stats] = pelt_fast::bottleneck_adapter_fwd(
+      to_rows(x), to_rows(skip), PELT_ADAPTER_TENSORS, PELT_ADAPTER_SETTINGS);
+  return std::make_tuple(from_rows(y, x), q, pre_stats, post_stats);
 }
 
 auto bottleneck_adapter_bwd(const at::Tensor& dy, const at::Tensor& x,
@@ -55,8 +82,12 @@ auto bottleneck_adapter_bwd(const at::Tensor& dy, const at::Tensor& x,
                             const pelt_fast::OptionalTensor& pre_stats,
                             const pelt_fast::OptionalTensor& post_stats, PELT_ADAPTER_ARGUMENTS,
                             const std::vector<bool>& needs) {
-  return pelt_fast::bottleneck_adapter_bwd(dy, x, skip, q, pre_stats, post_stats,
-                                           PELT_ADAPTER_TENSORS, PELT_ADAPTER_SETTINGS, needs);
+  auto grads = pelt_fast::bottleneck_adapter_bwd(to_rows(dy), to_rows(x), to_rows(skip), q,
+                                                 pre_stats, post_stats, PELT_ADAPTER_TENSORS,
+                                                 PELT_ADAPTER_SETTINGS, needs);
+  grads[0] = from_rows(grads[0], dy);
+  grads[1] = from_rows(grads[1], dy);
+  return grads;
 }
 
 // What both directions of the Compacter adapter take.
@@ -126,7 +157,7 @@ py::tuple multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::Tensor& x,
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using release = py::call_guard<py::gil_scoped_release>;
   m.doc() = "C++ kernels of pelt_fast";
-  m.def("lora_linear_fwd", &pelt_fast::lora_linear_fwd, release());
+  m.def("lora_linear_fwd", &lora_linear_fwd, release());
   m.def("lora_linear_bwd", &lora_linear_bwd);
   m.def("multi_lora_fwd", &multi_lora_fwd);
   m.def("multi_lora_bwd", &multi_lora_bwd);
@@ -138,6 +169,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("diff_pruning_bwd", &pelt_fast::diff_pruning_bwd, release());
   m.def("masking_fwd", &pelt_fast::masking_fwd, release());
   m.def("masking_bwd", &pelt_fast::masking_bwd, release());
+  m.def("is_direct", &pelt_fast::is_direct);
+  m.def("ordinary_lora_linear", &pelt_fast::ordinary_lora_linear);
+  m.def("ordinary_adapter", &pelt_fast::ordinary_adapter);
   m.def(
       "isa", [] { return pelt_fast::isa_name(pelt_fast::current_isa()); },
       "The instruction set in use.");

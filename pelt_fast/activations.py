@@ -7,6 +7,7 @@ Names and forms are those of ``transformers.activations.ACT2FN``, which the ``ad
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,14 @@ def activation_name(name: str) -> str:
         known = ", ".join(map(repr, (*ACTIVATIONS, *_ALIASES)))
         raise ValueError(f"activation={name!r} is not known; expected a callable or one of {known}")
     return found
+
+
+_CANONICAL: dict[Any, str] = {**{name: name for name in ACTIVATIONS}, **_ALIASES}
+
+
+def canonical(activation: Any) -> str | None:
+    """The canonical name of a name in lower case; None for anything else."""
+    return _CANONICAL.get(activation) if type(activation) is str else None
 
 
 def activate(q: Tensor, name: str) -> Tensor:

@@ -10,10 +10,11 @@ from .problem import (
     MultiLoRAProblem,
     arch_of,
 )
-from .registry import BackendUnavailable, backend
+from .registry import ORDINARY, BackendUnavailable, backend, cpp_extension
 from .select import asked_for, check_name, select, use_backend
 
 __all__ = [
+    "ORDINARY",
     "AdapterProblem",
     "BackendUnavailable",
     "Choice",
@@ -27,6 +28,7 @@ __all__ = [
     "asked_for",
     "backend",
     "check_name",
+    "cpp_extension",
     "explain_problem",
     "select",
     "use_backend",

@@ -62,3 +62,13 @@ def backend(name: str, family: str) -> Backend:
         if name == "cuda" and error.name == module:
             return Backend(name, None, _NO_CUDA)
         return Backend(name, None, f"cannot be imported: {error}")
+
+
+ORDINARY = "ordinary"
+"""In place of a backend: the C++ backend's own functions, of a call that ``functional/ordinary.py`` let pass."""
+
+
+@cache
+def cpp_extension() -> Any:
+    """The C++ extension; None where it was not built."""
+    return getattr(backend("cpp", "lora").module, "_C", None)

@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..activations import canonical
 from ..autograd import BottleneckAdapterFunction
 from ..autograd.adapter import Settings
-from ..dispatch import Explanation, explain_problem
+from ..dispatch import ORDINARY, Explanation, explain_problem
 from ..ops.adapter import problem_of
 from ..random import keep_scale, new_seed, philox_mask
 from .adapter_checks import Activation, check_around, check_rows, check_vectors, once_each
 from .checks import check_dtype, check_tensor, shape_of
+from .ordinary import short_way
 
 
 def bottleneck_adapter(
@@ -87,6 +89,23 @@ def bottleneck_adapter(
         BackendUnavailable: the named backend cannot run this call.
         RuntimeError: in a backward of the backward, which has no formula here.
     """
+    extension = short_way(backend)
+    if extension is not None and (name := canonical(activation)) is not None:
+        found = extension.ordinary_adapter(
+            *(x, down_weight, down_bias, up_weight, up_bias, name, scaling, gate, residual, skip),
+            *(pre_ln_weight, pre_ln_bias, pre_ln_eps, ln_weight, ln_bias, eps, dropout_p, training),
+        )
+        if type(found) is Tensor:
+            return found
+        if found is not None:
+            numbers, second, scale, gates = found
+            settings = Settings._make((name, *numbers, ORDINARY))
+            return BottleneckAdapterFunction.apply(
+                settings,
+                new_seed(x.device) if settings.dropout_p else None,
+                *(x, second, down_weight, down_bias, up_weight, up_bias, scale, gates),
+                *(pre_ln_weight, pre_ln_bias, ln_weight, ln_bias),
+            )
     call = _check(
         *(x, down_weight, down_bias, up_weight, up_bias, activation, scaling, gate, residual),
         *(skip, pre_ln_weight, pre_ln_bias, pre_ln_eps, ln_weight, ln_bias, eps, dropout_p),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import LoRALinearFunction
-from ..dispatch import Explanation, explain_problem
+from ..dispatch import ORDINARY, Explanation, explain_problem
 from ..ops.lora import problem_of
 from ..random import new_seed
 from .checks import (
@@ -27,6 +27,7 @@ from .checks import (
     shape_of,
     tensors,
 )
+from .ordinary import short_way
 
 MAX_RANK = 256
 
@@ -75,6 +76,19 @@ def lora_linear(
         BackendUnavailable: the named backend cannot run this call.
         RuntimeError: in a backward of the backward, which has no formula here.
     """
+    extension = short_way(backend)
+    if extension is not None:
+        found = extension.ordinary_lora_linear(
+            x, weight, bias, lora_a, lora_b, scaling, lora_bias, dropout_p, training
+        )
+        if type(found) is Tensor:
+            return found
+        if found is not None:
+            all_a, all_b, all_bias, scales, rates = found
+            drawn = new_seed(x.device) if any(rates) else None
+            return LoRALinearFunction.apply(
+                x, weight, bias, drawn, scales, rates, ORDINARY, *all_a, *all_b, *all_bias
+            )
     call = _check(x, weight, bias, lora_a, lora_b, scaling, lora_bias, dropout_p, training, backend)
     seed = new_seed(call.x.device) if any(call.dropout_p) else None
     return LoRALinearFunction.apply(

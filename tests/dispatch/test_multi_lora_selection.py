@@ -51,6 +51,8 @@ def as_cpp(monkeypatch):
     real = registry.backend
 
     def put(fake, missing=None):
+        # a fake has no extension that ordinary calls could take
+        monkeypatch.setattr("pelt_fast.functional.ordinary.cpp_extension", lambda: None)
         found = Backend("cpp", None if missing else fake, missing)
         monkeypatch.setattr(
             select,

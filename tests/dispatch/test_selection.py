@@ -55,6 +55,8 @@ def as_cpp(monkeypatch):
     """Puts a fake in the place of the C++ backend."""
 
     def put(fake, missing=None):
+        # a fake has no extension that ordinary calls could take
+        monkeypatch.setattr("pelt_fast.functional.ordinary.cpp_extension", lambda: None)
         found = Backend("cpp", None if missing else fake, missing)
         real = registry.backend
         monkeypatch.setattr(

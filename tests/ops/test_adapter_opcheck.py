@@ -66,7 +66,7 @@ def test_names_are_those_of_the_operator():
 def test_forward(inputs, backend):
     backend.require(inputs)
     arguments = forward_arguments(inputs, backend)
-    torch.library.opcheck(bottleneck_adapter_fwd, arguments, test_utils=CHECKS)
+    torch.library.opcheck(bottleneck_adapter_fwd.overload, arguments, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize(
@@ -77,16 +77,16 @@ def test_backward(wanted, inputs, backend):
     if backend.name == "reference":
         pytest.skip(BY_AUTOGRAD)
     arguments = backward_arguments(inputs, backend, wanted)
-    torch.library.opcheck(bottleneck_adapter_bwd, arguments, test_utils=CHECKS)
+    torch.library.opcheck(bottleneck_adapter_bwd.overload, arguments, test_utils=CHECKS)
 
 
 def test_every_check_of_opcheck(backend, device):
     """With AOT dispatch and symbolic shapes, which take longer: one call of each operator."""
     inputs = AdapterCase("", (2, 5), 24, 8, **EVERYTHING).make(torch.float32, device)
     backend.require(inputs)
-    torch.library.opcheck(bottleneck_adapter_fwd, forward_arguments(inputs, backend))
+    torch.library.opcheck(bottleneck_adapter_fwd.overload, forward_arguments(inputs, backend))
     if backend.name != "reference":
-        torch.library.opcheck(bottleneck_adapter_bwd, backward_arguments(inputs, backend))
+        torch.library.opcheck(bottleneck_adapter_bwd.overload, backward_arguments(inputs, backend))
 
 
 def _slow(layout, dtype, block):

@@ -44,14 +44,14 @@ def inputs(device):
 def test_forward(base, row_scale, dropout, inputs, backend):
     backend.require(inputs)
     arguments = forward_arguments(inputs, backend, base, row_scale, dropout)
-    torch.library.opcheck(multi_lora_fwd, arguments, test_utils=CHECKS)
+    torch.library.opcheck(multi_lora_fwd.overload, arguments, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize(("row_scale", "dropout"), list(product([False, True], repeat=2)))
 def test_in_place(row_scale, dropout, inputs, backend):
     backend.require(inputs)
     arguments = forward_arguments(inputs, backend, True, row_scale, dropout)
-    torch.library.opcheck(multi_lora_add_, arguments, test_utils=CHECKS)
+    torch.library.opcheck(multi_lora_add_.overload, arguments, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -63,17 +63,17 @@ def test_backward(need_dx, need_da, need_db, need_drow_scale, dropout, inputs, b
         pytest.skip(BY_AUTOGRAD)
     needs = (need_dx, need_da, need_db, need_drow_scale)
     arguments = backward_arguments(inputs, backend, needs, dropout=dropout)
-    torch.library.opcheck(multi_lora_bwd, arguments, test_utils=CHECKS)
+    torch.library.opcheck(multi_lora_bwd.overload, arguments, test_utils=CHECKS)
 
 
 @pytest.mark.slow
 def test_every_check_of_opcheck(inputs, backend):
     """With AOT dispatch and symbolic shapes, which take longer: one call of each operator."""
     backend.require(inputs)
-    torch.library.opcheck(multi_lora_fwd, forward_arguments(inputs, backend))
-    torch.library.opcheck(multi_lora_add_, forward_arguments(inputs, backend))
+    torch.library.opcheck(multi_lora_fwd.overload, forward_arguments(inputs, backend))
+    torch.library.opcheck(multi_lora_add_.overload, forward_arguments(inputs, backend))
     if backend.name != "reference":
-        torch.library.opcheck(multi_lora_bwd, backward_arguments(inputs, backend))
+        torch.library.opcheck(multi_lora_bwd.overload, backward_arguments(inputs, backend))
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (), (2, 3), (2, 0, 3), (2, 3, 2)], ids=str)

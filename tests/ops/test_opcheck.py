@@ -62,7 +62,7 @@ def inputs(device):
 def test_forward(bias, lora_bias, dropout, inputs, backend):
     backend.require(inputs)
     arguments = forward_arguments(inputs, backend, bias, lora_bias, dropout)
-    torch.library.opcheck(lora_linear_fwd, arguments, test_utils=CHECKS)
+    torch.library.opcheck(lora_linear_fwd.overload, arguments, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -70,14 +70,16 @@ def test_forward(bias, lora_bias, dropout, inputs, backend):
 def test_backward(need_a, need_b, need_rest, dropout, inputs, backend):
     backend.require(inputs)
     arguments = backward_arguments(inputs, backend, need_a, need_b, need_rest, dropout)
-    torch.library.opcheck(lora_linear_bwd, arguments, test_utils=CHECKS)
+    torch.library.opcheck(lora_linear_bwd.overload, arguments, test_utils=CHECKS)
 
 
 def test_every_check_of_opcheck(inputs, backend):
     """With AOT dispatch and symbolic shapes, which take longer: one call of each operator."""
     backend.require(inputs)
-    torch.library.opcheck(lora_linear_fwd, forward_arguments(inputs, backend))
-    torch.library.opcheck(lora_linear_bwd, backward_arguments(inputs, backend, True, True, True))
+    torch.library.opcheck(lora_linear_fwd.overload, forward_arguments(inputs, backend))
+    torch.library.opcheck(
+        lora_linear_bwd.overload, backward_arguments(inputs, backend, True, True, True)
+    )
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (), (2, 3), (2, 0, 3), (2, 3, 2)], ids=str)

@@ -1,0 +1,32 @@
+// The ordinary call of an operation, from Python's arguments to its result in one step: dense CPU
+// tensors of fitting shapes, one dtype (or float32 parameters over half precision), nothing between
+// the caller and the kernel. What is not ordinary is no error here: Python's checks say what it is.
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+namespace pelt_fast {
+
+// Does a call of an operator with these arguments reach its kernel and nothing else? Not where a
+// dispatch mode, a transform, a subclass, tracing, autocast or the profiler would see it.
+bool is_direct(const pybind11::args& arguments);
+
+// As functional.lora_linear and functional.bottleneck_adapter take them, names of activations
+// settled. Returns None when the call is not ordinary; y where no gradient is wanted; else the
+// operands, as the autograd functions take them.
+pybind11::object ordinary_lora_linear(pybind11::handle x, pybind11::handle weight,
+                                      pybind11::handle bias, pybind11::handle lora_a,
+                                      pybind11::handle lora_b, pybind11::handle scaling,
+                                      pybind11::handle lora_bias, pybind11::handle dropout_p,
+                                      bool training);
+pybind11::object ordinary_adapter(pybind11::handle x, pybind11::handle down,
+                                  pybind11::handle down_bias, pybind11::handle up,
+                                  pybind11::handle up_bias, const std::string& activation,
+                                  pybind11::handle scaling, pybind11::handle gate,
+                                  pybind11::handle residual, pybind11::handle skip,
+                                  pybind11::handle pre_weight, pybind11::handle pre_bias,
+                                  pybind11::handle pre_eps, pybind11::handle ln_weight,
+                                  pybind11::handle ln_bias, pybind11::handle eps,
+                                  pybind11::handle dropout_p, bool training);
+
+} // namespace pelt_fast
