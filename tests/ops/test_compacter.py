@@ -43,21 +43,23 @@ def test_opcheck(block, backend, device):
     inputs = CompacterCase("", (2, 5), 40, 12, **BLOCKS[block]).make(torch.float32, device)
     backend.require(inputs)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(compacter_fwd, forward_arguments(inputs, backend), test_utils=checks)
+    torch.library.opcheck(
+        compacter_fwd.overload, forward_arguments(inputs, backend), test_utils=checks
+    )
     if backend.name == "reference":
         return  # it differentiates by autograd, which the modes of opcheck turn off
     for wanted in (NAMES, ("x", "up_rule"), ("down_right", "up_right", "gate"), ()):
         arguments = backward_arguments(inputs, backend, wanted)
-        torch.library.opcheck(compacter_bwd, arguments, test_utils=checks)
+        torch.library.opcheck(compacter_bwd.overload, arguments, test_utils=checks)
 
 
 def test_every_check_of_opcheck(backend, device):
     """With AOT dispatch and symbolic shapes, which take longer: one call of each operator."""
     inputs = CompacterCase("", (2, 5), 40, 12, **EVERYTHING).make(torch.float32, device)
     backend.require(inputs)
-    torch.library.opcheck(compacter_fwd, forward_arguments(inputs, backend))
+    torch.library.opcheck(compacter_fwd.overload, forward_arguments(inputs, backend))
     if backend.name != "reference":
-        torch.library.opcheck(compacter_bwd, backward_arguments(inputs, backend))
+        torch.library.opcheck(compacter_bwd.overload, backward_arguments(inputs, backend))
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (), (2, 0, 3), (2, 3, 2)], ids=str)

@@ -43,14 +43,14 @@ def test_opcheck(options, needs, backend):
     if backend.name == "reference":
         pytest.skip(BY_AUTOGRAD)
     for operator, arguments in calls(backend, options, needs):
-        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(operator.overload, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_every_check_of_opcheck(backend):
     for operator, arguments in calls(backend):
         if backend.name == "reference" and operator in (diff_pruning_bwd, masking_bwd):
             continue  # BY_AUTOGRAD
-        torch.library.opcheck(operator, arguments)
+        torch.library.opcheck(operator.overload, arguments)
 
 
 @pytest.mark.parametrize("transposed", BOOLS)

@@ -69,12 +69,12 @@ def able(backend):
 def test_opcheck(kind, able):
     # with AOT dispatch and symbolic shapes, which take longer, one of the two
     more = {} if kind == FULL else {"test_utils": ("test_schema", "test_faketensor")}
-    torch.library.opcheck(adapter_fusion_fwd, forward_arguments(kind, able), **more)
+    torch.library.opcheck(adapter_fusion_fwd.overload, forward_arguments(kind, able), **more)
     if able.name == "reference":
         return  # it differentiates by autograd, which the modes of opcheck turn off
     for wanted in (GRADIENTS, ("x",), ("score", "value"), ("ln_weight",), ()):
         arguments = backward_arguments(kind, able, wanted)
-        torch.library.opcheck(adapter_fusion_bwd, arguments, **more)
+        torch.library.opcheck(adapter_fusion_bwd.overload, arguments, **more)
         more = {"test_utils": ("test_schema", "test_faketensor")}
 
 
