@@ -6,6 +6,8 @@
 | OpenDelta 0.3.2 | the folder of ``save_finetuned``: adapters, parallel adapters, low-rank adapters of rank 1 |
 | google-research/adapter-bert | the variables of a TensorFlow checkpoint, as a mapping or an ``.npz`` file |
 
+``convert`` writes OpenDelta's checkpoints, of more methods than these, as those of `adapters` and PEFT, and back.
+
 Files are read without running what is in them: pickles with ``weights_only=True``, ``.npz`` without objects. They may
 name plain tensors alone, and unpack to no more than a few times their size. All of a checkpoint is checked before
 anything is returned.
@@ -20,11 +22,11 @@ from typing import Any
 from torch import Tensor
 
 from ..nn import BottleneckAdapter
-from . import adapter_bert, adapterhub, opendelta
+from . import adapter_bert, adapterhub, convert, opendelta
 from .source import Checkpoint, read
 from .tensors import Array
 
-__all__ = ["load_bottleneck_adapters", "load_other_parameters"]
+__all__ = ["convert", "load_bottleneck_adapters", "load_other_parameters"]
 
 _FORMATS = (adapterhub, opendelta, adapter_bert)
 

@@ -17,6 +17,7 @@ from .tensors import Array, dense, held_bytes
 # (config, weights): the first weights that are there are read
 _FOLDERS = (
     ("adapter_config.json", ("adapter.safetensors", "pytorch_adapter.bin")),  # adapters
+    ("adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")),  # PEFT
     ("config.json", ("pytorch_model.bin", "model.safetensors")),  # OpenDelta
 )
 # Copies may take so many bytes and so many times what the checkpoint itself takes: names may share a tensor, low-rank

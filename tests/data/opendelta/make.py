@@ -8,7 +8,15 @@ import shutil
 from pathlib import Path
 
 import torch
-from opendelta import AdapterModel, LowRankAdapterModel, ParallelAdapterModel
+from opendelta import (
+    AdapterModel,
+    CompacterModel,
+    LoraModel,
+    LowRankAdapterModel,
+    ParallelAdapterModel,
+    PrefixModel,
+    SoftPromptModel,
+)
 from transformers import BertConfig, BertModel
 
 HERE = Path(__file__).parent
@@ -28,6 +36,23 @@ DELTAS = {
     "adapter": (AdapterModel, {"bottleneck_dim": 4, "unfrozen_modules": ["deltas", "LayerNorm"]}),
     "parallel_adapter": (ParallelAdapterModel, {"bottleneck_dim": 5, "non_linearity": "relu"}),
     "low_rank_adapter": (LowRankAdapterModel, {"reduction_factor": 4, "non_linearity": "tanh"}),
+}
+OTHERS = {
+    "lora": (LoraModel, {"lora_r": 3, "lora_alpha": 6}),
+    "compacter": (CompacterModel, {"reduction_factor": 2, "hypercomplex_division": 2}),
+    "prefix": (PrefixModel, {"prefix_token_num": 3, "embed_dim": 16, "mid_dim": 5}),
+    "prefix_flat": (PrefixModel, {"prefix_token_num": 3, "reparameterize": False}),
+    "parallel_ff": (
+        ParallelAdapterModel,
+        {
+            "bottleneck_dim": 5,
+            "non_linearity": "relu",
+            "modified_modules": ["ff@.w1@", "ff@.w2@"],
+            "common_structure": True,
+        },
+    ),
+    "prefix_wide": (PrefixModel, {"prefix_token_num": 2, "embed_dim": 6, "mid_dim": 5}),
+    "soft_prompt": (SoftPromptModel, {"soft_token_num": 2, "token_init": False}),
 }
 
 
@@ -66,6 +91,18 @@ def main():
         delta.save_finetuned(str(folder))
         expected = {"x": x, "output": output, "result": result, "last_hidden_state": last}
         torch.save(expected, folder / "expected.pt")
+    for name, (kind, arguments) in OTHERS.items():
+        model = BertModel(BertConfig(**SIZES), add_pooling_layer=False).eval()
+        model.load_state_dict(base.state_dict())
+        delta = kind(model, **arguments)
+        delta.freeze_module(exclude=["deltas"], set_state_dict=True)
+        with torch.no_grad():
+            randomise(model.state_dict())
+            last = model(input_ids=input_ids).last_hidden_state
+        folder = HERE / name
+        shutil.rmtree(folder, ignore_errors=True)
+        delta.save_finetuned(str(folder))
+        torch.save({"last_hidden_state": last}, folder / "expected.pt")
 
 
 if __name__ == "__main__":
