@@ -10,6 +10,7 @@
 #include "cpu/memory.h"
 #include "cpu/multi_lora.h"
 #include "cpu/packed.h"
+#include "cpu/prefix.h"
 #include "cpu/shape.h"
 #include "ordinary.h"
 
@@ -172,6 +173,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("is_direct", &pelt_fast::is_direct);
   m.def("ordinary_lora_linear", &pelt_fast::ordinary_lora_linear);
   m.def("ordinary_adapter", &pelt_fast::ordinary_adapter);
+  m.def("prefix_attention", &pelt_fast::prefix_attention, release());
   m.def(
       "isa", [] { return pelt_fast::isa_name(pelt_fast::current_isa()); },
       "The instruction set in use.");

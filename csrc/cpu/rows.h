@@ -61,6 +61,11 @@ struct RowKernels {
   // n is a multiple of the lanes. out = act(q); da = da · act'(q).
   void (*activate)(Activation kind, int64_t n, const A* q, A* out);
   void (*activate_backward)(Activation kind, int64_t n, const A* q, A* da);
+
+  // Of a softmax whose other terms sum up to exp(log_sum): the scores become probabilities of
+  // scale · score, and what the other terms' part is multiplied with is returned. n_padded is a
+  // multiple of the lanes; zeros from n on.
+  A (*join_softmax)(int64_t n, int64_t n_padded, A scale, A log_sum, A* scores);
 };
 
 } // namespace pelt_fast

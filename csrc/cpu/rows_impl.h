@@ -261,6 +261,33 @@ PELT_INLINE VF upper_error(VF v) {
   return x < 1.0f ? small : large;
 }
 
+// ---- softmax ----
+
+template <class A>
+A row_join_softmax(int64_t n, int64_t n_padded, A scale, A log_sum, A* scores) {
+  using V = typename Vec<A>::type;
+  constexpr int N = Vec<A>::N;
+  for (int64_t i = 0; i < n_padded; i += N) store(scores + i, load<V>(scores + i) * scale);
+  for (int64_t i = n; i < n_padded; ++i) scores[i] = -A(__builtin_inf());
+  V largest = V{} + log_sum;
+  for (int64_t i = 0; i < n_padded; i += N) {
+    const V v = load<V>(scores + i);
+    largest = v > largest ? v : largest;
+  }
+  A most = largest[0];
+  for (int i = 1; i < N; ++i) most = largest[i] > most ? largest[i] : most;
+  V sums{};
+  for (int64_t i = 0; i < n_padded; i += N) {
+    const V p = exponential(load<V>(scores + i) - most);
+    sums += p;
+    store(scores + i, p);
+  }
+  const A others = exponential(V{} + (log_sum - most))[0], sum = others + total<V, A>(sums);
+  const A factor = A(1) / sum;
+  for (int64_t i = 0; i < n_padded; i += N) store(scores + i, load<V>(scores + i) * factor);
+  return others * factor;
+}
+
 // ---- activations ----
 
 template <class A>
@@ -409,5 +436,6 @@ constexpr RowKernels<T> row_table() {
           row_add_product<A>,  row_dot<A>,
           row_moments<A>,      row_normalise<T, A>,
           row_normalise<A, A>, row_normalise_backward<A>,
-          activate<A>,         activate_backward<A>};
+          activate<A>,         activate_backward<A>,
+          row_join_softmax<A>};
 }

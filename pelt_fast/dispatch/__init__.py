@@ -2,18 +2,21 @@
 
 from .explain import Choice, Explanation, explain_problem
 from .problem import (
+    FEW_KEYS,
     AdapterProblem,
     CompacterProblem,
     DeltaProblem,
     FusionProblem,
     LoRAProblem,
     MultiLoRAProblem,
+    PrefixProblem,
     arch_of,
 )
 from .registry import ORDINARY, BackendUnavailable, backend, cpp_extension
 from .select import asked_for, check_name, select, use_backend
 
 __all__ = [
+    "FEW_KEYS",
     "ORDINARY",
     "AdapterProblem",
     "BackendUnavailable",
@@ -24,6 +27,7 @@ __all__ = [
     "FusionProblem",
     "LoRAProblem",
     "MultiLoRAProblem",
+    "PrefixProblem",
     "arch_of",
     "asked_for",
     "backend",

@@ -191,6 +191,44 @@ class DeltaProblem(NamedTuple):
         return f"{text} on {self.device_type} ({self.arch})"
 
 
+FEW_KEYS = 1 << 17
+"""Elements of the keys: csrc/README.md says how it was measured."""
+
+
+class PrefixProblem(NamedTuple):
+    """Attention over a prefix and a sequence. ``dtype`` is the query's, the one that is computed in."""
+
+    op: str  # "prefix_attention"
+    device_type: str
+    arch: str
+    dtype: torch.dtype
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    prefix: int
+    head_dim: int
+    mask: bool
+    is_causal: bool
+
+    @property
+    def family(self) -> str:
+        """The module of a backend that has this operation."""
+        return "prefix"
+
+    @property
+    def few_keys(self) -> bool:
+        """Whether concatenating keys and values costs less than folding the prefix into the result."""
+        return self.batch * self.heads * self.keys * self.head_dim < FEW_KEYS
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        text = f"{self.op} {dtype} B={self.batch} H={self.heads} L={self.queries} S={self.keys} P={self.prefix}"
+        text += f" D={self.head_dim}"
+        text += "".join(f" {flag}" for flag in ("mask", "is_causal") if getattr(self, flag))
+        return f"{text} on {self.device_type} ({self.arch})"
+
+
 @lru_cache(maxsize=64)
 def arch_of(device_type: str, index: int | None) -> str:
     """The architecture of a device: "sm_90" for a GPU, torch's CPU capability in lower case for a CPU."""

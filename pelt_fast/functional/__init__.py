@@ -24,6 +24,7 @@ from .fusion_cache import clear_folded, folded_bytes
 from .lora import MAX_RANK, explain_lora_linear, lora_linear
 from .multi_bottleneck import multi_bottleneck
 from .multi_lora import explain_multi_lora, multi_lora
+from .prefix import explain_prefix_attention, prefix_attention, prefix_gate
 
 __all__ = [
     "ACTIVATIONS",
@@ -44,6 +45,8 @@ __all__ = [
     "multi_lora",
     "philox_mask",
     "phm_linear",
+    "prefix_attention",
+    "prefix_gate",
 ]
 
 _EXPLAINED: dict[str, Callable[..., Explanation]] = {
@@ -55,6 +58,7 @@ _EXPLAINED: dict[str, Callable[..., Explanation]] = {
     "diff_pruning_weight": explain_diff_pruning_weight,
     "diff_pruning_linear": explain_diff_pruning_linear,
     "masked_linear": explain_masked_linear,
+    "prefix_attention": explain_prefix_attention,
 }
 
 

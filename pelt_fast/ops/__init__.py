@@ -6,6 +6,7 @@ from .delta import diff_pruning_bwd, diff_pruning_fwd, masking_bwd, masking_fwd
 from .fusion import adapter_fusion_bwd, adapter_fusion_fwd
 from .lora import lora_linear_bwd, lora_linear_fwd
 from .multi_lora import multi_lora_add_, multi_lora_bwd, multi_lora_fwd
+from .prefix import prefix_attention
 
 __all__ = [
     "adapter_fusion_bwd",
@@ -23,4 +24,5 @@ __all__ = [
     "multi_lora_add_",
     "multi_lora_bwd",
     "multi_lora_fwd",
+    "prefix_attention",
 ]

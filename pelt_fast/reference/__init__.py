@@ -6,6 +6,7 @@ from .delta import diff_pruning_weight, masked_weight
 from .fusion import adapter_fusion
 from .lora import lora_linear
 from .multi_lora import multi_lora
+from .prefix import prefix_attention, prefix_gate
 
 __all__ = [
     "adapter_fusion",
@@ -16,4 +17,6 @@ __all__ = [
     "masked_weight",
     "multi_lora",
     "phm_matrix",
+    "prefix_attention",
+    "prefix_gate",
 ]
