@@ -130,8 +130,8 @@ def prefix_gate(
         x: (B, T, d), the attention's input.
         weight: (g, d): one row for keys and values together, or one for each.
         bias: (g,) or None.
-        attention_mask: (B, T), not 0 where a token is real: the mean is over those (UniPELT as its paper has it; a sample
-            without any gets NaN). None: over all tokens, padding included (as `adapters` and UniPELT's own code do).
+        attention_mask: (B, T), not 0 where a token is real: the mean is over those, as UniPELT's paper has it; a sample
+            without any gets NaN. None: over all tokens, padding included, as `adapters` and UniPELT's own code do.
 
     Returns:
         (B, g), as ``prefix_attention`` takes it.
@@ -291,9 +291,7 @@ def _composed(tensors: _Tensors, mask: Tensor | None, dropout_p: float) -> str |
     query, key, _, prefix_key, _ = tensors
     if query.device.type not in ("cpu", "meta"):
         return f"the tensors are on {query.device}"
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (*tensors, mask)
-    ):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, mask)):
         return "a gradient is needed"
     if dropout_p:
         return "dropout acts"

@@ -9,12 +9,12 @@ from adapters.methods.adapter_layer_base import AdapterLayerBase
 from adapters.methods.modeling import GLOWCouplingBlock, NICECouplingBlock
 from torch import nn
 
-from . import adapters_bottleneck
+from . import adapters_bottleneck, adapters_prefix
 from .adapters_class import Accelerated, is_fast
 from .obstacles import type_name
 from .report import Report
 
-FAMILIES: tuple[ModuleType, ...] = (adapters_bottleneck,)
+FAMILIES: tuple[ModuleType, ...] = (adapters_bottleneck, adapters_prefix)
 """Modules with ``LIBRARY``, ``concerns``, ``why_left``, ``accelerated_class`` and ``describe``, one for each of the
 library's methods."""
 

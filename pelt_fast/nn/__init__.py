@@ -4,6 +4,7 @@ from .adapter import BottleneckAdapter
 from .delta import DiffPruningLinear, MaskedLinear, diff_pruning_penalty
 from .lora import LoRALinear
 from .multi_lora import MultiLoRALinear
+from .prefix import PrefixGate, PrefixTuning
 
 __all__ = [
     "BottleneckAdapter",
@@ -11,5 +12,7 @@ __all__ = [
     "LoRALinear",
     "MaskedLinear",
     "MultiLoRALinear",
+    "PrefixGate",
+    "PrefixTuning",
     "diff_pruning_penalty",
 ]
