@@ -1,4 +1,4 @@
-"""Bottleneck adapters out of other packages' checkpoints.
+"""Bottleneck adapters and prefixes out of other packages' checkpoints.
 
 | written by | what is read |
 |---|---|
@@ -7,6 +7,7 @@
 | google-research/adapter-bert | the variables of a TensorFlow checkpoint, as a mapping or an ``.npz`` file |
 
 ``convert`` writes OpenDelta's checkpoints, of more methods than these, as those of `adapters` and PEFT, and back.
+Prefixes (``load_prefixes``) are read from `adapters` and from PEFT.
 
 Files are read without running what is in them: pickles with ``weights_only=True``, ``.npz`` without objects. They may
 name plain tensors alone, and unpack to no more than a few times their size. All of a checkpoint is checked before
@@ -23,10 +24,11 @@ from torch import Tensor
 
 from ..nn import BottleneckAdapter
 from . import adapter_bert, adapterhub, convert, opendelta
+from .prefix import load_prefixes
 from .source import Checkpoint, read
 from .tensors import Array
 
-__all__ = ["convert", "load_bottleneck_adapters", "load_other_parameters"]
+__all__ = ["convert", "load_bottleneck_adapters", "load_other_parameters", "load_prefixes"]
 
 _FORMATS = (adapterhub, opendelta, adapter_bert)
 

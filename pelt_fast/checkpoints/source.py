@@ -19,6 +19,7 @@ _FOLDERS = (
     ("adapter_config.json", ("adapter.safetensors", "pytorch_adapter.bin")),  # adapters
     ("adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")),  # PEFT
     ("config.json", ("pytorch_model.bin", "model.safetensors")),  # OpenDelta
+    ("adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")),  # PEFT
 )
 # Copies may take so many bytes and so many times what the checkpoint itself takes: names may share a tensor, low-rank
 # adapters are made dense.

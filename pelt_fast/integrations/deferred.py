@@ -56,9 +56,7 @@ class Deferred(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any, kwargs: Any = None) -> Any:  # type: ignore[override]
         # reached only past __torch_function__, from C++ or a disabled one
         args, kwargs = tree_map_only(Deferred, lambda t: t.whole(), (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -107,7 +105,7 @@ _KNOWN = {
     Tensor.shape.__get__,  # type: ignore[attr-defined]
     Tensor.ndim.__get__,  # type: ignore[attr-defined]
     Tensor.dtype.__get__,  # type: ignore[attr-defined]
-    Tensor.device.__get__,  # type: ignore[attr-defined]
+    Tensor.device.__get__,
     Tensor.size,
     Tensor.dim,
     Tensor.numel,
