@@ -43,7 +43,9 @@ def test_opcheck(options, needs, backend):
     if backend.name == "reference":
         pytest.skip(BY_AUTOGRAD)
     for operator, arguments in calls(backend, options, needs):
-        torch.library.opcheck(operator.overload, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            operator.overload, arguments, test_utils=("test_schema", "test_faketensor")
+        )
 
 
 def test_every_check_of_opcheck(backend):
