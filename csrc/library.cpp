@@ -112,15 +112,44 @@ auto bottleneck_adapter_bwd(const at::Tensor& dy, const at::Tensor& x,
 
 auto compacter_fwd(const at::Tensor& x, const pelt_fast::OptionalTensor& skip,
                    PELT_COMPACTER_ARGUMENTS) {
-  return pelt_fast::compacter_fwd(x, skip, PELT_COMPACTER_TENSORS, PELT_ADAPTER_SETTINGS);
+  auto [y, q, pre_stats, post_stats] = pelt_fast::compacter_fwd(
+      to_rows(x), to_rows(skip), PELT_COMPACTER_TENSORS, PELT_ADAPTER_SETTINGS);
+  return std::make_tuple(from_rows(y, x), q, pre_stats, post_stats);
 }
 
 auto compacter_bwd(const at::Tensor& dy, const at::Tensor& x, const pelt_fast::OptionalTensor& skip,
                    const at::Tensor& q, const pelt_fast::OptionalTensor& pre_stats,
                    const pelt_fast::OptionalTensor& post_stats, PELT_COMPACTER_ARGUMENTS,
                    const std::vector<bool>& needs) {
-  return pelt_fast::compacter_bwd(dy, x, skip, q, pre_stats, post_stats, PELT_COMPACTER_TENSORS,
-                                  PELT_ADAPTER_SETTINGS, needs);
+  auto grads =
+      pelt_fast::compacter_bwd(to_rows(dy), to_rows(x), to_rows(skip), q, pre_stats, post_stats,
+                               PELT_COMPACTER_TENSORS, PELT_ADAPTER_SETTINGS, needs);
+  grads[0] = from_rows(grads[0], dy);
+  grads[1] = from_rows(grads[1], dy);
+  return grads;
+}
+
+// What functional.bottleneck_adapter and functional.compacter take from their activation on.
+#define PELT_AROUND_ARGUMENTS                                                              \
+  const std::string &activation, py::handle scaling, py::handle gate, py::handle residual, \
+      py::handle skip, py::handle pre_weight, py::handle pre_bias, py::handle pre_eps,     \
+      py::handle ln_weight, py::handle ln_bias, py::handle eps, py::handle dropout_p,      \
+      bool training
+#define PELT_AROUND                                                            \
+  {x,          down_bias, up_bias, activation, scaling, gate, residual,  skip, \
+   pre_weight, pre_bias,  pre_eps, ln_weight,  ln_bias, eps,  dropout_p, training}
+
+py::object ordinary_adapter(py::handle x, py::handle down, py::handle down_bias, py::handle up,
+                            py::handle up_bias, PELT_AROUND_ARGUMENTS) {
+  return pelt_fast::ordinary_adapter(down, up, PELT_AROUND);
+}
+
+py::object ordinary_compacter(py::handle x, py::handle down_rule, py::handle down_left,
+                              py::handle down_right, py::handle down_bias, py::handle up_rule,
+                              py::handle up_left, py::handle up_right, py::handle up_bias,
+                              PELT_AROUND_ARGUMENTS) {
+  return pelt_fast::ordinary_compacter({down_rule, down_left, down_right},
+                                       {up_rule, up_left, up_right}, PELT_AROUND);
 }
 
 // What both directions of batched multi-LoRA take.
@@ -172,7 +201,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("masking_bwd", &pelt_fast::masking_bwd, release());
   m.def("is_direct", &pelt_fast::is_direct);
   m.def("ordinary_lora_linear", &pelt_fast::ordinary_lora_linear);
-  m.def("ordinary_adapter", &pelt_fast::ordinary_adapter);
+  m.def("ordinary_adapter", &ordinary_adapter);
+  m.def("ordinary_compacter", &ordinary_compacter);
   m.def("prefix_attention", &pelt_fast::prefix_attention, release());
   m.def(
       "isa", [] { return pelt_fast::isa_name(pelt_fast::current_isa()); },

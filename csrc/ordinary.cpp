@@ -15,6 +15,7 @@
 
 #include "check.h"
 #include "cpu/adapter.h"
+#include "cpu/compacter.h"
 #include "cpu/lora.h"
 #include "cpu/shape.h"
 
@@ -238,44 +239,35 @@ py::object ordinary_lora_linear(py::handle x, py::handle weight, py::handle bias
   return py::cast(y);
 }
 
-py::object ordinary_adapter(py::handle x, py::handle down, py::handle down_bias, py::handle up,
-                            py::handle up_bias, const std::string& activation, py::handle scaling,
-                            py::handle gate, py::handle residual, py::handle skip,
-                            py::handle pre_weight, py::handle pre_bias, py::handle pre_eps,
-                            py::handle ln_weight, py::handle ln_bias, py::handle eps,
-                            py::handle dropout_p, bool training) {
-  Reader reader(x);
-  if (!reader.ordinary) return py::none();
+namespace {
+
+// All arguments but the projections', and the call.
+template <class Tensors, class Forward>
+py::object ordinary_around(Reader& reader, const AroundAdapter& h, int64_t m, Tensors& t,
+                           const Forward& forward) {
   const int64_t d = reader.x().size(-1);
-  const at::Tensor* d_weight = reader.matrix(down, -1, d, true);
-  if (!d_weight) return py::none();
-  const int64_t m = d_weight->size(0);
-  const at::Tensor* u_weight = reader.matrix(up, d, m, true);
-  if (!u_weight) return py::none();
-  AdapterTensors t;
-  t.down = *d_weight;
-  t.up = *u_weight;
-  t.down_bias = reader.vector(down_bias, m, true);
-  t.up_bias = reader.vector(up_bias, d, true);
-  t.pre_weight = reader.vector(pre_weight, d, true);
-  t.pre_bias = reader.vector(pre_bias, d, true);
-  t.ln_weight = reader.vector(ln_weight, d, true);
-  t.ln_bias = reader.vector(ln_bias, d, true);
+  t.down_bias = reader.vector(h.down_bias, m, true);
+  t.up_bias = reader.vector(h.up_bias, d, true);
+  t.pre_weight = reader.vector(h.pre_weight, d, true);
+  t.pre_bias = reader.vector(h.pre_bias, d, true);
+  t.ln_weight = reader.vector(h.ln_weight, d, true);
+  t.ln_bias = reader.vector(h.ln_bias, d, true);
   reader.expect(t.pre_weight || !t.pre_bias);
   reader.expect(t.ln_weight || !t.ln_bias);
-  AdapterSettings s{activation, 1.0,  reader.epsilon(pre_eps), reader.epsilon(eps), 0.0, false,
-                    false,      false};
-  const double rate = reader.probability(dropout_p);
-  s.dropout_p = training ? rate : 0.0;
-  if (THPVariable_Check(scaling.ptr())) {
-    const at::Tensor* scale = reader.tensor(scaling, true);
+  AdapterSettings s{
+      h.activation, 1.0,  reader.epsilon(h.pre_eps), reader.epsilon(h.eps), 0.0, false,
+      false,        false};
+  const double rate = reader.probability(h.dropout_p);
+  s.dropout_p = h.training ? rate : 0.0;
+  if (THPVariable_Check(h.scaling.ptr())) {
+    const at::Tensor* scale = reader.tensor(h.scaling, true);
     if (scale) reader.expect(scale->dim() <= 1 && (scale->numel() == 1 || scale->numel() == d));
     if (reader.ordinary) t.scale = scale->reshape({-1});
   } else {
-    s.scaling = reader.number(scaling);
+    s.scaling = reader.number(h.scaling);
   }
-  if (!gate.is_none()) {
-    const at::Tensor* g = reader.tensor(gate, true);
+  if (!h.gate.is_none()) {
+    const at::Tensor* g = reader.tensor(h.gate, true);
     std::vector<int64_t> shape(reader.x().sizes().begin(), reader.x().sizes().end());
     shape.back() = 1;
     if (g) {
@@ -287,10 +279,10 @@ py::object ordinary_adapter(py::handle x, py::handle down, py::handle down_bias,
   }
 
   // at most one more tensor of x's size, and where it is added: _terms of functional/adapter.py
-  py::handle second = skip;
-  s.skip_in = !skip.is_none();
-  for (py::handle r : residual.is_none() ? std::vector<py::handle>() : several(residual)) {
-    if (r.ptr() == x.ptr()) {
+  py::handle second = h.skip;
+  s.skip_in = !h.skip.is_none();
+  for (py::handle r : h.residual.is_none() ? std::vector<py::handle>() : several(h.residual)) {
+    if (r.ptr() == h.x.ptr()) {
       reader.expect(!s.residual_x);
       s.residual_x = true;
     } else {
@@ -313,10 +305,63 @@ py::object ordinary_adapter(py::handle x, py::handle down, py::handle down_bias,
     py::gil_scoped_release release;
     const at::NoGradGuard no_grad;
     if (other) other = to_rows(*other);
-    y = from_rows(std::get<0>(bottleneck_adapter_fwd(to_rows(reader.x()), other, t, s)),
-                  reader.x());
+    y = from_rows(std::get<0>(forward(to_rows(reader.x()), other, t, s)), reader.x());
   }
   return py::cast(y);
+}
+
+// The tensors of a PHM weight of n Kronecker products from `in` features to some; those where it is
+// ordinary.
+std::optional<Phm> ordinary_phm(Reader& reader, const PhmArguments& h) {
+  const at::Tensor *rule = reader.tensor(h.rule, true), *left = reader.tensor(h.left, true),
+                   *right = reader.tensor(h.right, true);
+  if (!reader.ordinary) return {};
+  reader.expect(rule->dim() == 3 && left->dim() == 3 && right->dim() == 3);
+  if (!reader.ordinary) return {};
+  const int64_t n = rule->size(0);
+  reader.expect(rule->size(1) == n && rule->size(2) == n && left->size(0) == n &&
+                right->size(0) == n && left->size(2) == right->size(1) && rule->numel() > 0 &&
+                left->numel() > 0 && right->numel() > 0);
+  if (!reader.ordinary) return {};
+  return Phm{*rule, *left, *right};
+}
+
+} // namespace
+
+py::object ordinary_adapter(py::handle down, py::handle up, const AroundAdapter& around) {
+  Reader reader(around.x);
+  if (!reader.ordinary) return py::none();
+  const int64_t d = reader.x().size(-1);
+  const at::Tensor* d_weight = reader.matrix(down, -1, d, true);
+  if (!d_weight) return py::none();
+  const int64_t m = d_weight->size(0);
+  const at::Tensor* u_weight = reader.matrix(up, d, m, true);
+  if (!u_weight) return py::none();
+  AdapterTensors t;
+  t.down = *d_weight;
+  t.up = *u_weight;
+  return ordinary_around(reader, around, m, t, bottleneck_adapter_fwd);
+}
+
+py::object ordinary_compacter(const PhmArguments& down, const PhmArguments& up,
+                              const AroundAdapter& around) {
+  Reader reader(around.x);
+  if (!reader.ordinary) return py::none();
+  const int64_t d = reader.x().size(-1);
+  CompacterTensors t;
+  for (const auto& [to, from] : {std::pair{&t.down, &down}, std::pair{&t.up, &up}}) {
+    std::optional<Phm> found = ordinary_phm(reader, *from);
+    if (!found) return py::none();
+    *to = *found;
+  }
+  const int64_t n = t.down.rule.size(0), m = n * t.down.right.size(2);
+  // dense matrices where they take fewer products: pays() of pelt_fast/phm.py
+  const int64_t width = n * (t.down.left.size(2) + t.up.left.size(2));
+  reader.expect(t.up.rule.size(0) == n && n * t.down.left.size(1) == d &&
+                n * t.up.left.size(1) == m && n * t.up.right.size(2) == d &&
+                width * d + width * n * m < 2 * d * m);
+  if (!reader.ordinary) return py::none();
+  return ordinary_around(reader, around, m, t, compacter_fwd);
 }
 
 } // namespace pelt_fast

@@ -11,7 +11,7 @@ namespace pelt_fast {
 // dispatch mode, a transform, a subclass, tracing, autocast or the profiler would see it.
 bool is_direct(const pybind11::args& arguments);
 
-// As functional.lora_linear and functional.bottleneck_adapter take them, names of activations
+// As functional.lora_linear, bottleneck_adapter and compacter take them, names of activations
 // settled. Returns None when the call is not ordinary; y where no gradient is wanted; else the
 // operands, as the autograd functions take them.
 pybind11::object ordinary_lora_linear(pybind11::handle x, pybind11::handle weight,
@@ -19,14 +19,21 @@ pybind11::object ordinary_lora_linear(pybind11::handle x, pybind11::handle weigh
                                       pybind11::handle lora_b, pybind11::handle scaling,
                                       pybind11::handle lora_bias, pybind11::handle dropout_p,
                                       bool training);
-pybind11::object ordinary_adapter(pybind11::handle x, pybind11::handle down,
-                                  pybind11::handle down_bias, pybind11::handle up,
-                                  pybind11::handle up_bias, const std::string& activation,
-                                  pybind11::handle scaling, pybind11::handle gate,
-                                  pybind11::handle residual, pybind11::handle skip,
-                                  pybind11::handle pre_weight, pybind11::handle pre_bias,
-                                  pybind11::handle pre_eps, pybind11::handle ln_weight,
-                                  pybind11::handle ln_bias, pybind11::handle eps,
-                                  pybind11::handle dropout_p, bool training);
+// What an adapter takes besides its projections.
+struct AroundAdapter {
+  pybind11::handle x, down_bias, up_bias;
+  const std::string& activation;
+  pybind11::handle scaling, gate, residual, skip, pre_weight, pre_bias, pre_eps, ln_weight, ln_bias,
+      eps, dropout_p;
+  bool training;
+};
+// The tensors of a PHM weight.
+struct PhmArguments {
+  pybind11::handle rule, left, right;
+};
+pybind11::object ordinary_adapter(pybind11::handle down, pybind11::handle up,
+                                  const AroundAdapter& around);
+pybind11::object ordinary_compacter(const PhmArguments& down, const PhmArguments& up,
+                                    const AroundAdapter& around);
 
 } // namespace pelt_fast

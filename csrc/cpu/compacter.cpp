@@ -41,13 +41,15 @@ void check_memory_of(const char* name, const Phm& weight) {
 template <class A>
 struct Factor {
   at::Tensor tensor;
+  const A* values;
   int64_t strides[3];
 
   Factor(const at::Tensor& source, bool turned)
       : tensor(source.to(at::CppTypeToScalarType<A>::value)),
+        values(data<A>(tensor)),
         strides{tensor.stride(0), tensor.stride(turned ? 2 : 1), tensor.stride(turned ? 1 : 2)} {}
   A operator()(int64_t i, int64_t j, int64_t k) const {
-    return data<A>(tensor)[i * strides[0] + j * strides[1] + k * strides[2]];
+    return values[i * strides[0] + j * strides[1] + k * strides[2]];
   }
 };
 

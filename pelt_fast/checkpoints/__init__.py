@@ -1,4 +1,4 @@
-"""Bottleneck adapters and prefixes out of other packages' checkpoints.
+"""Bottleneck adapters and prefixes out of other packages' checkpoints; and ``save_adapter``, whose files lack nothing.
 
 | written by | what is read |
 |---|---|
@@ -25,10 +25,17 @@ from torch import Tensor
 from ..nn import BottleneckAdapter
 from . import adapter_bert, adapterhub, convert, opendelta
 from .prefix import load_prefixes
+from .shared import save_adapter
 from .source import Checkpoint, read
 from .tensors import Array
 
-__all__ = ["convert", "load_bottleneck_adapters", "load_other_parameters", "load_prefixes"]
+__all__ = [
+    "convert",
+    "load_bottleneck_adapters",
+    "load_other_parameters",
+    "load_prefixes",
+    "save_adapter",
+]
 
 _FORMATS = (adapterhub, opendelta, adapter_bert)
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..activations import canonical
 from ..autograd import CompacterFunction
-from ..dispatch import Explanation, explain_problem
+from ..autograd.adapter import Settings
+from ..dispatch import ORDINARY, Explanation, explain_problem
 from ..ops.compacter import problem_of
 from ..phm import PHM, dense, parts, pays, turned
 from ..random import new_seed
@@ -33,6 +35,7 @@ from .checks import (
     check_vector,
     shape_of,
 )
+from .ordinary import short_way
 
 
 def compacter(
@@ -96,6 +99,28 @@ def compacter(
         BackendUnavailable: the named backend cannot run this call.
         RuntimeError: in a backward of the backward, which has no formula here.
     """
+    extension = short_way(backend)
+    if (
+        extension is not None
+        and (name := canonical(activation)) is not None
+        and isinstance(down, PHM)
+        and isinstance(up, PHM)
+    ):
+        found = extension.ordinary_compacter(
+            *(x, *down, down_bias, *up, up_bias, name, scaling, gate, residual, skip),
+            *(pre_ln_weight, pre_ln_bias, pre_ln_eps, ln_weight, ln_bias, eps, dropout_p, training),
+        )
+        if type(found) is Tensor:
+            return found
+        if found is not None:
+            numbers, second, scale, gates = found
+            settings = Settings._make((name, *numbers, ORDINARY))
+            return CompacterFunction.apply(
+                settings,
+                new_seed(x.device) if settings.dropout_p else None,
+                *(x, second, *down, down_bias, *up, up_bias, scale, gates),
+                *(pre_ln_weight, pre_ln_bias, ln_weight, ln_bias),
+            )
     options: dict[str, Any] = {
         "activation": activation,
         "scaling": scaling,

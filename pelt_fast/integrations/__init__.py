@@ -39,7 +39,7 @@ def accelerate(model: nn.Module) -> Report:
     call, so the libraries' own methods go on working. Where a call is not served, the library's own
     forward runs: in PEFT for merged or disabled adapters, DoRA and other variants, and mixed batches of
     unequal dropout;
-    in `adapters` for ``Fuse``, Compacter, activations that kernels do not have, and when gating scores
+    in `adapters` for ``Fuse``, activations that kernels do not have, and when gating scores
     are wanted; in both for hooks on inner layers and mixed dtypes.
 
     The float32 adapters that the `adapters` library adds to a bfloat16 or float16 model need no cast.

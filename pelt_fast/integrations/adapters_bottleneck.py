@@ -13,7 +13,7 @@ from adapters.composition import AdapterCompositionBlock, Fuse
 from adapters.methods.bottleneck import BottleneckLayer, BottleneckState
 from torch import Tensor, nn
 
-from ..functional import explain
+from ..functional import PHM, explain
 from ..nn.bottleneck_block import BottleneckSpec, bottleneck_block, bottleneck_core
 from ..nn.fusion_block import FusionSpec, fusion_block
 from .adapters_class import REPORT_TOKENS, Accelerated, fast_class, methods_obstacle
@@ -127,7 +127,7 @@ def describe(layer: BottleneckLayer, base_dtype: torch.dtype | None) -> list[str
         first = next(adapter.parameters())
         x = torch.zeros((), dtype=base_dtype or first.dtype, device=first.device)
         x = x.expand(REPORT_TOKENS, adapter.input_size)
-        spec = adapter_spec(adapter, x)
+        spec = adapter_spec(adapter, x, factored=True)
         if isinstance(spec, str):
             reasons.append(f"adapter {name!r}: {spec}")
         else:
@@ -177,14 +177,19 @@ def _why_idle(layer: BottleneckLayer) -> str:
 
 def _kind(spec: BottleneckSpec, x: Tensor, inside: str, norm: nn.Module | None) -> str:
     """Shape, form, activation, dtypes and the chosen backends, in words."""
-    m, d = spec.down_weight.shape
+    down, function, factored = spec.down_weight, "bottleneck_adapter", ""
+    if isinstance(down, PHM):
+        (d, m), dtype = down.features, down.left.dtype
+        function, factored = "compacter", f", {down.rule.shape[0]} Kronecker products"
+    else:
+        (m, d), dtype = down.shape, down.dtype
     norms = {}
     if isinstance(norm, nn.LayerNorm) and norm.weight is not None:
         mixed = mixture_obstacle(norm.weight, x, "its input", autocast=False)
         norms = {} if mixed else {"weight": norm.weight, "bias": norm.bias}
     before, after = spec.original_ln_before and not spec.is_parallel, spec.original_ln_after
     explanation = explain(
-        "bottleneck_adapter",
+        function,
         x,
         *spec[:4],
         activation=spec.activation,
@@ -201,7 +206,7 @@ def _kind(spec: BottleneckSpec, x: Tensor, inside: str, norm: nn.Module | None) 
     form = "parallel" if spec.is_parallel else "sequential"
     gated = "" if spec.gate_weight is None else ", gated"
     return (
-        f"{d} -> {m}, {form}{inside}, {spec.activation}{gated}, "
-        f"{dtype_name(spec.down_weight.dtype)} over {dtype_name(x.dtype)}, T = {REPORT_TOKENS}: "
+        f"{d} -> {m}{factored}, {form}{inside}, {spec.activation}{gated}, "
+        f"{dtype_name(dtype)} over {dtype_name(x.dtype)}, T = {REPORT_TOKENS}: "
         f"{forward or 'no backend'} forward, {backward or 'no backend'} backward"
     )

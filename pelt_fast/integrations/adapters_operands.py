@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 from adapters.composition import AdapterCompositionBlock, Fuse, Stack
 from adapters.context import ForwardContext
 from adapters.methods.bottleneck import BottleneckLayer
-from adapters.methods.modeling import Activation_Function_Class, Adapter, ParallelAdapter
+from adapters.methods.modeling import Activation_Function_Class, Adapter, ParallelAdapter, PHMLayer
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import ACT2FN
 
 from ..functional import activation_name
 from ..nn.bottleneck_block import BottleneckSpec
+from .adapters_weights import FORWARDS, Weights, weights_of
 from .obstacles import (
     LINEAR,
     input_obstacle,
@@ -27,7 +28,6 @@ from .obstacles import (
     mixture_obstacle,
     module_obstacle,
     parameter,
-    tensor_obstacle,
     type_name,
 )
 
@@ -67,7 +67,7 @@ def block_spec(
         if weight is not None:
             obstacle = mixture_obstacle(weight, hidden_states, "hidden_states", autocast)
     x = residual if isinstance(adapter, ParallelAdapter) else hidden_states
-    return obstacle or adapter_spec(adapter, x, autocast)
+    return obstacle or adapter_spec(adapter, x, autocast, factored=True)
 
 
 def core_spec(layer: BottleneckLayer, name: str, x: Any, residual: Any) -> BottleneckSpec | str:
@@ -77,12 +77,12 @@ def core_spec(layer: BottleneckLayer, name: str, x: Any, residual: Any) -> Bottl
     return (
         _context_obstacle()
         or _tensors_obstacle(adapter, x, residual, autocast)
-        or adapter_spec(adapter, x, autocast)
+        or adapter_spec(adapter, x, autocast, factored=True)
     )
 
 
 def adapter_spec(
-    adapter: Adapter, x: Tensor | None = None, autocast: bool = False
+    adapter: Adapter, x: Tensor | None = None, autocast: bool = False, factored: bool = False
 ) -> BottleneckSpec | str:
     """The adapter's own parameters and its settings of this moment.
 
@@ -90,6 +90,7 @@ def adapter_spec(
         adapter: one of the library's.
         x: its input. None asks about an input that goes with the parameters.
         autocast: whether autocast is on for x.
+        factored: whether the caller takes projections that are factors, ``PHM``.
 
     Returns:
         The specification, with training settled: its dropout and stochastic depth are those that act
@@ -98,21 +99,24 @@ def adapter_spec(
     parts = _parts(adapter)
     if isinstance(parts, str):
         return parts
-    down, up, gate, norm_before, norm_after = parts.learned
+    _, _, gate, norm_before, norm_after = parts.learned
+    if isinstance(parts.learned[0], PHMLayer) and not factored:
+        return "its down projection is a PHMLayer"
+    down, up = weights_of(parts.learned[0]), weights_of(parts.learned[1])
     obstacle = (
-        tensor_obstacle(parameter(down, "weight"), "its down projection")
-        or tensor_obstacle(parameter(up, "weight"), "its up projection")
-        or (None if x is None else _mixture_obstacle(parts, adapter.scaling, x, autocast))
+        down.obstacle("its down projection")
+        or up.obstacle("its up projection")
+        or (None if x is None else _mixture_obstacle(parts, down, up, adapter.scaling, x, autocast))
     )
     if obstacle is not None:
         return obstacle
     if not isinstance(adapter.scaling, Tensor) and not math.isfinite(adapter.scaling):
         return f"its scaling is {adapter.scaling}"
     return BottleneckSpec(
-        parameter(down, "weight"),
-        parameter(down, "bias"),
-        parameter(up, "weight"),
-        parameter(up, "bias"),
+        down.weight,
+        down.bias,
+        up.weight,
+        up.bias,
         parts.activation,
         adapter.scaling,
         None if gate is None else parameter(gate, "weight"),
@@ -157,7 +161,7 @@ def _parts(adapter: Adapter) -> _Parts | str:
     # the library's parallel forward passes it by
     drop_path = None if kind is ParallelAdapter else modules.get("DropPath")
     for part, linear in (("down", down), ("up", up)):
-        if not isinstance(linear, nn.Linear):
+        if not isinstance(linear, PHMLayer if isinstance(down, PHMLayer) else nn.Linear):
             return f"its {part} projection is a {type_name(linear)}"
     activation = _activation(non_linearity)
     if activation is None:
@@ -169,8 +173,8 @@ def _parts(adapter: Adapter) -> _Parts | str:
     obstacle = (
         module_obstacle(adapter, (kind.forward,), "it")
         or module_obstacle(sequence, (nn.Sequential.forward,), "adapter_down")
-        or module_obstacle(down, LINEAR, "its down projection")
-        or module_obstacle(up, LINEAR, "its up projection")
+        or module_obstacle(down, FORWARDS, "its down projection")
+        or module_obstacle(up, FORWARDS, "its up projection")
         or module_obstacle(dropout, _DROPOUT, "its dropout")
     )
     optional = (
@@ -193,11 +197,16 @@ def _parts(adapter: Adapter) -> _Parts | str:
 
 
 def _mixture_obstacle(
-    parts: _Parts, scaling: float | Tensor, x: Tensor, autocast: bool
+    parts: _Parts,
+    down: Weights,
+    up: Weights,
+    scaling: float | Tensor,
+    x: Tensor,
+    autocast: bool,
 ) -> str | None:
     """Why the adapter's parameters do not go with its input."""
-    tensors = [scaling]
-    for module in parts.learned:
+    tensors = [scaling, *down.tensors, *up.tensors]
+    for module in parts.learned[2:]:
         if module is not None:
             tensors += [parameter(module, "weight"), parameter(module, "bias")]
     for tensor in tensors:
@@ -205,8 +214,7 @@ def _mixture_obstacle(
             obstacle = mixture_obstacle(tensor, x, "its input", autocast)
             if obstacle is not None:
                 return obstacle
-    features = parameter(parts.learned[0], "weight").shape[1]
-    return None if x.shape[-1] == features else f"its input has {x.shape[-1]} features"
+    return None if x.shape[-1] == down.features else f"its input has {x.shape[-1]} features"
 
 
 def _activation(non_linearity: nn.Module) -> str | None:

@@ -61,8 +61,8 @@ def module_obstacle(module: nn.Module, forwards: tuple[Any, ...], part: str) -> 
     return None
 
 
-def tensor_obstacle(tensor: Any, part: str) -> str | None:
-    """Why a weight is not an ordinary matrix of floats."""
+def tensor_obstacle(tensor: Any, part: str, dimensions: int = 2) -> str | None:
+    """Why a weight is not an ordinary matrix of floats, or a stack of them."""
     # a subclass (a DTensor, a quantized tensor) has its own idea of what a product is
     if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
         return f"{part} is a {type_name(tensor)}"
@@ -70,7 +70,7 @@ def tensor_obstacle(tensor: Any, part: str) -> str | None:
         return f"{part} is {dtype_name(tensor.dtype)}"
     if tensor.is_meta:
         return f"{part} is on the meta device"
-    if tensor.dim() != 2:  # what FSDP and ZeRO leave of a parameter that is not gathered
+    if tensor.dim() != dimensions:  # what FSDP and ZeRO leave of a parameter that is not gathered
         return f"{part} has the shape {tuple(tensor.shape)}, not a matrix's"
     return None
 

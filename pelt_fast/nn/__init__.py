@@ -1,6 +1,7 @@
 """Drop-in layers."""
 
 from .adapter import BottleneckAdapter
+from .compacter import Compacter, PHMLinear
 from .delta import DiffPruningLinear, MaskedLinear, diff_pruning_penalty
 from .lora import LoRALinear
 from .multi_lora import MultiLoRALinear
@@ -8,10 +9,12 @@ from .prefix import PrefixGate, PrefixTuning
 
 __all__ = [
     "BottleneckAdapter",
+    "Compacter",
     "DiffPruningLinear",
     "LoRALinear",
     "MaskedLinear",
     "MultiLoRALinear",
+    "PHMLinear",
     "PrefixGate",
     "PrefixTuning",
     "diff_pruning_penalty",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import activations
+from ..functional import PHM
 from ..functional.checks import check_finite, check_probability, number
 from .bottleneck_block import Activation, BottleneckSpec, bottleneck_block, resolve_activation
 
@@ -77,6 +78,7 @@ class BottleneckAdapter(nn.Module):
     """
 
     scaling: float | Tensor
+    _IS_PHM = False  # of the configs that describe such a layer
 
     def __init__(
         self,
@@ -174,7 +176,7 @@ class BottleneckAdapter(nn.Module):
             TypeError: config is none of these, or a value in it has a wrong type.
             ValueError: it describes no plain bottleneck adapter, or none for this layer.
         """
-        fields = _fields(config)
+        fields = fields_of(config, cls._IS_PHM)
         if layer is not None and layer in (fields.get("leave_out") or ()):
             raise ValueError(
                 f"layer is {layer}, which is in leave_out: config has no adapter there"
@@ -189,10 +191,14 @@ class BottleneckAdapter(nn.Module):
         return cls(
             input_size,
             max(1, int(bottleneck_size)),
-            **arguments_of(fields),
+            **cls._arguments_of(fields),
             device=device,
             dtype=dtype,
         )
+
+    @staticmethod
+    def _arguments_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+        return _arguments(fields)
 
     def reset_parameters(self, seed: int | None = None) -> None:
         """Draws the projections and the gate again, as ``init_weights`` says; ``seed``: their own."""
@@ -204,7 +210,7 @@ class BottleneckAdapter(nn.Module):
     def _draw(self, seed: int | None) -> None:
         """The library's initialisation: with "houlsby" the gate stays as ``nn.Linear`` made it."""
         down, up = self._down, self.adapter_up
-        with _seeded(seed, down.weight.device):
+        with seeded(seed, down.weight.device):
             if self.init_weights == "bert":
                 nn.init.normal_(down.weight, std=0.02)
                 nn.init.normal_(up.weight, std=0.02)
@@ -247,12 +253,9 @@ class BottleneckAdapter(nn.Module):
 
     def spec(self) -> BottleneckSpec:
         """The tensors and flags of this moment, for ``bottleneck_block``."""
-        down, up, gate = self._down, self.adapter_up, self.gate
+        gate = self.gate
         return BottleneckSpec(
-            down.weight,
-            down.bias,
-            up.weight,
-            up.bias,
+            *self._weights(),
             self.non_linearity.activation,
             self.scaling,
             None if gate is None else gate.weight,
@@ -267,6 +270,11 @@ class BottleneckAdapter(nn.Module):
             self.residual_before_ln,
             self.adapter_residual_before_ln,
         )
+
+    def _weights(self) -> tuple[Tensor | PHM, Tensor | None, Tensor | PHM, Tensor | None]:
+        """Weight and bias of the down projection, and of the up projection."""
+        down, up = self._down, self.adapter_up
+        return down.weight, down.bias, up.weight, up.bias
 
     @property
     def _down(self) -> nn.Linear:
@@ -306,13 +314,16 @@ class _Activation(nn.Module):
 
 def arguments_of(config: Mapping[str, Any] | str) -> dict[str, Any]:
     """``BottleneckAdapter``'s arguments but for its sizes, out of a config as ``from_config`` takes it."""
-    fields = _fields(config)
+    return _arguments(fields_of(config))
+
+
+def _arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
     arguments = {name: fields[name] for name in _CONFIGURED if name in fields}
     return {"activation": fields["non_linearity"], **arguments}
 
 
-def _fields(config: Mapping[str, Any] | str) -> dict[str, Any]:
-    """The config as a dict with at least ``non_linearity`` and ``reduction_factor``."""
+def fields_of(config: Mapping[str, Any] | str, phm: bool = False) -> dict[str, Any]:
+    """The config as a dict with at least ``non_linearity`` and ``reduction_factor``; ``phm``: Compacter's."""
     found: Any = _named_config(config) if isinstance(config, str) else config
     if not isinstance(found, Mapping):
         kind = type(found).__name__
@@ -328,8 +339,10 @@ def _fields(config: Mapping[str, Any] | str) -> dict[str, Any]:
             raise ValueError(f"config has no {name!r}; expected the fields of a BnConfig")
     for name in _PLACES:
         _check_flag(name, fields.get(name, False))
-    if fields.get("phm_layer"):
+    if fields.get("phm_layer") and not phm:
         raise ValueError("config has phm_layer (Compacter); expected plain linear projections")
+    if phm and not fields.get("phm_layer"):
+        raise ValueError("config has no phm_layer; expected Compacter's")
     if not isinstance(fields["non_linearity"], str) and not callable(fields["non_linearity"]):
         kind = type(fields["non_linearity"]).__name__
         raise TypeError(f"non_linearity is a {kind}; expected the name of an activation")
@@ -368,7 +381,7 @@ def _reduction_factor(factor: Any, layer: int | None) -> float:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     """The global generator at ``seed``, and afterwards where it was. None, 0 or nothing to draw: untouched."""
     if not seed or device.type == "meta":
         yield

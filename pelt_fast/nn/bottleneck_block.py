@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..functional import PHM
 
 Activation = str | Callable[[Tensor], Tensor]
 
@@ -44,9 +45,9 @@ class BottleneckSpec(NamedTuple):
     d features, m bottleneck. Parameters in the hidden states' dtype, or float32 over half precision.
     """
 
-    down_weight: Tensor  # (m, d)
+    down_weight: Any  # a Tensor (m, d); or a PHM, the factors of one, as up_weight then is
     down_bias: Tensor | None  # (m,)
-    up_weight: Tensor  # (d, m)
+    up_weight: Any  # (d, m)
     up_bias: Tensor | None  # (d,)
     activation: Activation = "relu"  # from resolve_activation
     scaling: float | Tensor = 1.0  # a tensor: (1,) or (d,)
@@ -223,7 +224,10 @@ def _adapter(
         x, pre = pre(x), None
     apart = [] if all(_alike(r, x) for r in residuals) else residuals
     fused_post = fused_post and not apart
-    y = functional.bottleneck_adapter(
+    adapter: Callable[..., Tensor] = functional.bottleneck_adapter
+    if isinstance(spec.down_weight, PHM):
+        adapter = functional.compacter
+    y = adapter(
         x,
         spec.down_weight,
         spec.down_bias,

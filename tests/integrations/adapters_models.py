@@ -23,7 +23,7 @@ HOULSBY = adapters.DoubleSeqBnConfig(reduction_factor=4, non_linearity="gelu", c
 
 
 def is_adapter(name: str) -> bool:
-    return ".adapters." in name
+    return ".adapters." in name or "shared_parameters." in name
 
 
 def is_norm(name: str) -> bool:

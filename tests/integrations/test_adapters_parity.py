@@ -125,14 +125,14 @@ def test_every_config_of_the_library(name: str, config: str, fused) -> None:
     compacter = "compacter" in config
     if name == "qwen2" and config in ("mam", "unipelt"):
         pytest.skip("the library has no prefixes for models by interface")
-    # a bottleneck of 32 / 32 is no multiple of phm_dim
-    settled = ADAPTER_CONFIG_MAP[config].replace(reduction_factor=4) if compacter else config
+    # a bottleneck of 32 / 32 is no multiple of phm_dim, and one of 32 / 4 takes dense matrices
+    settled = ADAPTER_CONFIG_MAP[config].replace(reduction_factor=2) if compacter else config
     # in evaluation, as prefixes have a dropout of their own
     model = adapted(name, settled).eval()
     assert_same_in_fp64(model, ARCHITECTURES[name].batch())
     adapters_in_it = sum(len(layer.adapters) for layer in bottleneck_layers(model))
     assert adapters_in_it > 0
-    assert fused == ([] if compacter else ["block"] * adapters_in_it)
+    assert fused == ["block"] * adapters_in_it
 
 
 def config_of(**fields: Any) -> BnConfig:
