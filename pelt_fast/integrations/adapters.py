@@ -6,15 +6,19 @@ from types import ModuleType
 
 import torch
 from adapters.methods.adapter_layer_base import AdapterLayerBase
-from adapters.methods.modeling import GLOWCouplingBlock, NICECouplingBlock
+from adapters.methods.invertible import InvertibleAdapterLayer
 from torch import nn
 
-from . import adapters_bottleneck, adapters_prefix
+from . import adapters_bottleneck, adapters_invertible, adapters_prefix
 from .adapters_class import Accelerated, is_fast
 from .obstacles import type_name
 from .report import Report
 
-FAMILIES: tuple[ModuleType, ...] = (adapters_bottleneck, adapters_prefix)
+FAMILIES: tuple[ModuleType, ...] = (
+    adapters_bottleneck,
+    adapters_invertible,
+    adapters_prefix,
+)
 """Modules with ``LIBRARY``, ``concerns``, ``why_left``, ``accelerated_class`` and ``describe``, one for each of the
 library's methods."""
 
@@ -85,9 +89,7 @@ def _family(module: nn.Module) -> ModuleType | None:
 
 def _other_method(module: nn.Module) -> str | None:
     """Why a module of another of the library's methods is left; None where there is nothing in it."""
-    if isinstance(module, (NICECouplingBlock, GLOWCouplingBlock)):
-        return f"it is a {type_name(module)}, an invertible adapter"
-    if not isinstance(module, AdapterLayerBase):
+    if not isinstance(module, AdapterLayerBase) or isinstance(module, InvertibleAdapterLayer):
         return None
     # every linear layer is wrapped for LoRA, whether it has one or not
     if not len(getattr(module, module.adapter_modules_name, ())):

@@ -163,7 +163,7 @@ def _parts(adapter: Adapter) -> _Parts | str:
     for part, linear in (("down", down), ("up", up)):
         if not isinstance(linear, PHMLayer if isinstance(down, PHMLayer) else nn.Linear):
             return f"its {part} projection is a {type_name(linear)}"
-    activation = _activation(non_linearity)
+    activation = kernel_activation(non_linearity)
     if activation is None:
         return f"its activation is a {type_name(getattr(non_linearity, 'f', non_linearity))}"
     if drop_path is not None and (
@@ -217,7 +217,7 @@ def _mixture_obstacle(
     return None if x.shape[-1] == down.features else f"its input has {x.shape[-1]} features"
 
 
-def _activation(non_linearity: nn.Module) -> str | None:
+def kernel_activation(non_linearity: nn.Module) -> str | None:
     """The kernels' name of what the module computes, or None."""
     if module_obstacle(non_linearity, (Activation_Function_Class.forward,), "") is not None:
         return None

@@ -23,7 +23,9 @@ HOULSBY = adapters.DoubleSeqBnConfig(reduction_factor=4, non_linearity="gelu", c
 
 
 def is_adapter(name: str) -> bool:
-    return ".adapters." in name or "shared_parameters." in name
+    return any(
+        part in name for part in (".adapters.", "shared_parameters.", "invertible_adapters.")
+    )
 
 
 def is_norm(name: str) -> bool:
