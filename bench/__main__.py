@@ -169,6 +169,7 @@ SUITES = {
     "lora": "test_lora_linear.py",
     "adapter": "test_bottleneck_adapter.py",
     "multi_lora": "test_multi_lora.py",
+    "compacter": "test_compacter.py",
     "delta": "test_delta.py",
 }
 

@@ -2,12 +2,13 @@
 
 from .adapter import FAMILY as ADAPTER
 from .case import Case
+from .compacter import FAMILY as COMPACTER
 from .delta import FAMILY as DELTA
 from .family import Family
 from .lora import FAMILY as LORA
 from .multi_lora import FAMILY as MULTI_LORA
 
-FAMILIES = {family.name: family for family in (LORA, ADAPTER, MULTI_LORA, DELTA)}
+FAMILIES = {family.name: family for family in (LORA, ADAPTER, COMPACTER, MULTI_LORA, DELTA)}
 
 
 def family_of(case: Case) -> Family:

@@ -8,6 +8,7 @@ from typing import Any
 
 from . import finetune_tables
 from .adapter import tables as adapter_tables
+from .compacter import tables as compacter_tables
 from .delta import tables as delta_tables
 from .environment import BUSY_LOAD
 from .lora import tables as lora_tables
@@ -21,6 +22,7 @@ SECTIONS: dict[str, Any] = {
     "lora": lora_tables,
     "adapter": adapter_tables,
     "multi_lora": multi_lora_tables,
+    "compacter": compacter_tables,
     "delta": delta_tables,
 }
 """By family, what has a TITLE, `tables` and `headlines`."""

@@ -33,7 +33,8 @@ def accelerate(model: nn.Module) -> Report:
     bottleneck layer computes with ``pelt_fast.functional.bottleneck_adapter``: one adapter together
     with the residuals and the layernorm around it, several of a composition (``Stack``, ``Split``,
     ``Parallel``, ``BatchSplit``, ``Average``) one by one; Compacter's, whose projections are Kronecker
-    products, with ``compacter``; and an invertible adapter (NICE) is two such calls. A model with layers of both has both.
+    products, with ``compacter``; and an invertible adapter (NICE) is two such calls. A model with
+    layers of both has both.
 
     The layers stay the same objects, with the same parameters, ``state_dict`` keys and saved files.
     Scalings, active adapters, setups, merging, disabling, dropout and training mode are read at each

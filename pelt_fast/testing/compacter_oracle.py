@@ -41,14 +41,15 @@ def eager(
     inputs: CompacterInputs, keep: Tensor | None, wanted: Iterable[str] | None = None
 ) -> Results:
     """The composition of the `adapters` library: operation for operation ``PHMLayer``, in the dtypes of ``inputs``."""
+    return run(lambda leaves: composition(leaves, keep), inputs, wanted)
 
-    def function(leaves: CompacterInputs) -> Tensor:
-        i = leaves.map(lambda _, t: t.to(leaves.x.dtype))
-        down = _library_matrix(i.down_rule, i.down_left, i.down_right)
-        up = _library_matrix(i.up_rule, i.up_left, i.up_right)
-        return adapter_oracle.composition(_with_matrices(leaves, down.T, up.T), keep)
 
-    return run(function, inputs, wanted)
+def composition(leaves: CompacterInputs, keep: Tensor | None = None) -> Tensor:
+    """The library's y."""
+    i = leaves.map(lambda _, t: t.to(leaves.x.dtype))
+    down = _library_matrix(i.down_rule, i.down_left, i.down_right)
+    up = _library_matrix(i.up_rule, i.up_left, i.up_right)
+    return adapter_oracle.composition(_with_matrices(leaves, down.T, up.T), keep)
 
 
 def deviations(
