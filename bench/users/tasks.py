@@ -89,7 +89,7 @@ def load(train: int, held_out: int, length: int) -> list[tuple[data.Split, data.
     """Of each task, training and held-out samples with as many of every class; no text is on both sides."""
     from transformers import AutoTokenizer
 
-    critics, viewers = _reviews()
+    critics, viewers = reviews()
     tokenizer = AutoTokenizer.from_pretrained(data.model_dir(), local_files_only=True)
     found = []
     for number, task in enumerate(TASKS):
@@ -109,6 +109,17 @@ def load(train: int, held_out: int, length: int) -> list[tuple[data.Split, data.
     return found
 
 
+def labelled(name: str) -> Labelled:
+    """All samples of the task of that name, sorted by text, with as many of every class."""
+    task = next((task for task in TASKS if task.name == name), None)
+    if task is None:
+        raise ValueError(f"no task {name!r}; there are {', '.join(task.name for task in TASKS)}")
+    texts = sorted(dict(task.label(*reviews())).items())
+    random.Random(0).shuffle(texts)
+    of_class = [[text for text in texts if text[1] == c] for c in range(task.classes)]
+    return sorted(one[i] for i in range(min(map(len, of_class))) for one in of_class)
+
+
 def _balanced(task: Task, critics: Texts, viewers: Texts, count: int, seed: int) -> Labelled:
     """Classes take turns, so that each part of the list has as many of all."""
     texts = sorted(dict(task.label(critics, viewers)).items())
@@ -120,7 +131,8 @@ def _balanced(task: Task, critics: Texts, viewers: Texts, count: int, seed: int)
     return [one[i] for i in range(each) for one in of_class][:count]
 
 
-def _reviews() -> tuple[Texts, Texts]:
+def reviews() -> tuple[Texts, Texts]:
+    """Of critics and of viewers, each text once."""
     found: dict[str, Texts] = {"rotten_tomatoes": {}, "imdb": {}}
     with data.reviews_path().open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
