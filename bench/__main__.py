@@ -151,6 +151,7 @@ SUITES = {
     "multi_lora": "test_multi_lora.py",
     "compacter": "test_compacter.py",
     "delta": "test_delta.py",
+    "prefix": "test_prefix.py",
 }
 
 

@@ -7,8 +7,9 @@ from .delta import FAMILY as DELTA
 from .family import Family
 from .lora import FAMILY as LORA
 from .multi_lora import FAMILY as MULTI_LORA
+from .prefix import FAMILY as PREFIX
 
-FAMILIES = {family.name: family for family in (LORA, ADAPTER, COMPACTER, MULTI_LORA, DELTA)}
+FAMILIES = {family.name: family for family in (LORA, ADAPTER, COMPACTER, MULTI_LORA, DELTA, PREFIX)}
 
 
 def family_of(case: Case) -> Family:

@@ -13,6 +13,7 @@ from .delta import tables as delta_tables
 from .environment import BUSY_LOAD
 from .lora import tables as lora_tables
 from .multi_lora import tables as multi_lora_tables
+from .prefix import tables as prefix_tables
 from .results import Results, rows_of
 from .tables import TextTable
 from .users import tables as users_tables
@@ -24,6 +25,7 @@ SECTIONS: dict[str, Any] = {
     "multi_lora": multi_lora_tables,
     "compacter": compacter_tables,
     "delta": delta_tables,
+    "prefix": prefix_tables,
 }
 """By family, what has a TITLE, `tables` and `headlines`."""
 USERS_FAMILY = "multi_lora"

@@ -21,6 +21,7 @@ QUICK_BUDGET_S = {
     "multi_lora": 38.0,
     "delta": 12.0,
     "compacter": 12.0,
+    "prefix": 12.0,
 }
 FULL_BUDGET_S = {
     "lora": 1200.0,
@@ -28,6 +29,7 @@ FULL_BUDGET_S = {
     "multi_lora": 600.0,
     "delta": 120.0,
     "compacter": 120.0,
+    "prefix": 60.0,
 }
 """For the rows of a family."""
 TIMER = InjectedTimer()

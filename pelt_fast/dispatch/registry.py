@@ -59,8 +59,9 @@ def backend(name: str, family: str) -> Backend:
     try:
         return Backend(name, importlib.import_module(module))
     except ImportError as error:
-        if name == "cuda" and error.name == module:
-            return Backend(name, None, _NO_CUDA)
+        if error.name == module:
+            missing = _NO_CUDA if name == "cuda" else f"no {name} kernel serves this operation"
+            return Backend(name, None, missing)
         return Backend(name, None, f"cannot be imported: {error}")
 
 

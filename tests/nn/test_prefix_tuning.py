@@ -3,7 +3,9 @@
 import copy
 import gc
 import pickle
+import re
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,3 +219,12 @@ def test_errors():
         PrefixTuning(1, 1, 4, 0)
     with pytest.raises(ValueError, match="compat is 'new'; expected 'adapters' or 'paper'"):
         PrefixGate(4, compat="new")
+
+
+def test_the_document_s_snippets_run():
+    text = (Path(__file__).parents[2] / "docs" / "prefix.md").read_text()
+    (snippet,) = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    namespace: dict = {}
+    exec(compile(snippet, "docs/prefix.md", "exec"), namespace)
+    assert namespace["y"].shape == (3, 4, 7, 16)
+    assert namespace["flat"].flat
