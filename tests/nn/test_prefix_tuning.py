@@ -167,16 +167,15 @@ def test_copies_keep_for_themselves(layer):
     assert list(layer.state_dict()) == [name for name, _ in layer.named_parameters()]
 
 
-def test_nothing_outlives_its_layer(layer):
+def test_nothing_outlives_its_layer():
+    layer = make()
     computed(layer)
-    parameter, count = weakref.ref(layer.wte.weight), len(kept_module._kept)
-    other = make()
-    computed(other)
-    assert len(kept_module._kept) == count + 1
-    del other
+    assert layer in kept_module._kept
+    gone, result = weakref.ref(layer), weakref.ref(kept_module._kept[layer].result[0])
+    del layer
     gc.collect()
-    assert len(kept_module._kept) == count
-    assert parameter() is layer.wte.weight
+    assert gone() is None
+    assert result() is None
 
 
 @pytest.mark.parametrize("flat", [False, True])
