@@ -5,6 +5,7 @@
 #include "cpu/adapter.h"
 #include "cpu/compacter.h"
 #include "cpu/delta.h"
+#include "cpu/fusion.h"
 #include "cpu/isa.h"
 #include "cpu/lora.h"
 #include "cpu/memory.h"
@@ -152,6 +153,45 @@ py::object ordinary_compacter(py::handle x, py::handle down_rule, py::handle dow
                                        {up_rule, up_left, up_right}, PELT_AROUND);
 }
 
+// What both directions of AdapterFusion take.
+#define PELT_FUSION_ARGUMENTS                                                                 \
+  const at::Tensor &x, const pelt_fast::OptionalTensor &skip,                                 \
+      const pelt_fast::OptionalTensor &query, const at::Tensor &down,                         \
+      const pelt_fast::OptionalTensor &down_bias, const at::Tensor &score,                    \
+      const pelt_fast::OptionalTensor &score_bias, const at::Tensor &value,                   \
+      const pelt_fast::OptionalTensor &pre_weight, const pelt_fast::OptionalTensor &pre_bias, \
+      const pelt_fast::OptionalTensor &ln_weight, const pelt_fast::OptionalTensor &ln_bias,   \
+      const pelt_fast::OptionalTensor &seed, const std::string &activation,                   \
+      const std::vector<int64_t>&widths, double temperature, double pre_eps, double eps,      \
+      double dropout_p, bool skip_in, bool residual_x, bool residual_skip
+#define PELT_FUSION_TENSORS                                                 \
+  {{down_bias, {}, {}, {}, pre_weight, pre_bias, ln_weight, ln_bias, seed}, \
+   down,                                                                    \
+   score,                                                                   \
+   score_bias,                                                              \
+   value}
+#define PELT_FUSION_SETTINGS \
+  {activation, widths, temperature, pre_eps, eps, dropout_p, skip_in, residual_x, residual_skip}
+
+py::tuple adapter_fusion_fwd(PELT_FUSION_ARGUMENTS) {
+  std::pair<at::Tensor, pelt_fast::FusionSaved> found;
+  {
+    py::gil_scoped_release release;
+    found =
+        pelt_fast::adapter_fusion_fwd(x, skip, query, PELT_FUSION_TENSORS, PELT_FUSION_SETTINGS);
+  }
+  const auto& [y, saved] = found;
+  return py::make_tuple(y, saved.q, saved.k, saved.p, saved.pre_stats, saved.post_stats);
+}
+
+auto adapter_fusion_bwd(const at::Tensor& dy, const at::Tensor& q, const at::Tensor& k,
+                        const at::Tensor& p, const pelt_fast::OptionalTensor& pre_stats,
+                        const pelt_fast::OptionalTensor& post_stats, PELT_FUSION_ARGUMENTS,
+                        const std::vector<bool>& needs) {
+  return pelt_fast::adapter_fusion_bwd(dy, {q, k, p, pre_stats, post_stats}, x, skip, query,
+                                       PELT_FUSION_TENSORS, PELT_FUSION_SETTINGS, needs);
+}
+
 // What both directions of batched multi-LoRA take.
 #define PELT_MULTI_ARGUMENTS                                                                 \
   const std::vector<at::Tensor>&lora_a, const std::vector<at::Tensor>&lora_b,                \
@@ -193,6 +233,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("multi_lora_bwd", &multi_lora_bwd);
   m.def("bottleneck_adapter_fwd", &bottleneck_adapter_fwd, release());
   m.def("bottleneck_adapter_bwd", &bottleneck_adapter_bwd, release());
+  m.def("adapter_fusion_fwd", &adapter_fusion_fwd);
+  m.def("adapter_fusion_bwd", &adapter_fusion_bwd, release());
+  m.def("fingerprint_of", &pelt_fast::fingerprint_of,
+        "What identifies tensors and their contents; None where nothing does.", release());
   m.def("compacter_fwd", &compacter_fwd, release());
   m.def("compacter_bwd", &compacter_bwd, release());
   m.def("diff_pruning_fwd", &pelt_fast::diff_pruning_fwd, release());

@@ -10,47 +10,9 @@
 #include "adapter.h"
 
 #include "adapter_block.h"
-#include "packed.h"
+#include "matrix.h"
 
 namespace pelt_fast {
-namespace {
-
-// A matrix (n, k), packed for products with rows of k; strips of at most the engine's width.
-struct Matrix {
-  std::shared_ptr<const Packed> pack;
-  int64_t columns; // n, padded to the lanes
-
-  template <class E>
-  Matrix(const E& engine, const at::Tensor& source, bool trained)
-      : columns(round_up(source.size(0), engine.lanes())) {
-    using T = typename E::T;
-    const int64_t width = std::min(engine.strip(), columns);
-    pack = packed(source, dtype_of<T>(), width, kPair<T>, engine.lanes(), trained);
-  }
-
-  // c (m, columns) = or += a (m, k) · this
-  template <class E>
-  void product(const E& engine, int64_t m, Tile<typename E::Operand> a, typename E::A* c,
-               int64_t ldc) const {
-    using T = typename E::T;
-    const int64_t k = round_up(pack->k, kPair<T>);
-    for (int64_t s = 0, n0 = 0; n0 < columns; ++s, n0 += pack->strip)
-      engine.gemm(m, std::min(pack->strip, columns - n0), k, a, pack->at<T>(s), pack->strip, c + n0,
-                  ldc, false);
-  }
-
- private:
-  template <class T>
-  static at::ScalarType dtype_of() {
-    if constexpr (std::is_same_v<T, float>) return at::kFloat;
-    if constexpr (std::is_same_v<T, double>) return at::kDouble;
-    if constexpr (std::is_same_v<T, BF16>) return at::kBFloat16;
-    return at::kHalf;
-  }
-};
-
-} // namespace
-
 std::tuple<at::Tensor, at::Tensor, OptionalTensor, OptionalTensor> bottleneck_adapter_fwd(
     const at::Tensor& x, const OptionalTensor& skip, const AdapterTensors& tensors,
     const AdapterSettings& settings) {
@@ -99,23 +61,6 @@ std::tuple<at::Tensor, at::Tensor, OptionalTensor, OptionalTensor> bottleneck_ad
 }
 
 namespace {
-
-// p (m, n) of stride ld -> (n, m), m padded with a zero to an even count.
-template <class E>
-Tile<typename E::Operand> transposed(const E& engine, int64_t m, int64_t n, Tile<typename E::A> p,
-                                     Scratch& scratch) {
-  using O = typename E::Operand;
-  const int64_t padded = round_up(m, 2);
-  O* out = scratch.get<O>(n * padded + n);
-  O* row = out + n * padded;
-  for (int64_t i = 0; i < m; ++i) {
-    engine.operand_of(n, p.data + i * p.stride, row);
-    for (int64_t j = 0; j < n; ++j) out[j * padded + i] = row[j];
-  }
-  if (padded > m)
-    for (int64_t j = 0; j < n; ++j) out[j * padded + m] = O{};
-  return {out, padded};
-}
 
 template <class E>
 struct Backward : BackwardAround<E> {
@@ -189,9 +134,7 @@ struct Backward : BackwardAround<E> {
               Tile<A> rows) const {
     Workspace& w = workspace();
     const E& engine = block.engine;
-    const auto left = transposed(engine, count, block.m, p, w.transposed);
-    engine.outer(block.m, block.d, count, left.data, left.stride,
-                 engine.right_of(count, block.d, rows, w.masked), sum.of(chunk), sum.ld);
+    add_outer(engine, sum, chunk, count, p, engine.right_of(count, block.d, rows, w.masked));
   }
 };
 

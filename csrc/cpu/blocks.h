@@ -27,11 +27,12 @@ struct Plan {
 
   int64_t rows, threads, block, blocks, chunks;
 
-  Plan(int64_t rows, int64_t products, int64_t most, int64_t unit)
+  // few: rows that are worth a block of their own
+  Plan(int64_t rows, int64_t products, int64_t most, int64_t unit, int64_t few = 64)
       : rows(rows), threads(products < kAlone ? 1 : at::get_num_threads()) {
     // as many blocks for every thread; small inputs get smaller blocks before threads go idle
     const int64_t wanted = round_up(std::max<int64_t>(1, (rows + most - 1) / most),
-                                    std::min(threads, std::max<int64_t>(1, rows / 64)));
+                                    std::min(threads, std::max<int64_t>(1, rows / few)));
     block = round_up((rows + wanted - 1) / wanted, unit);
     blocks = (rows + block - 1) / block;
     chunks = std::min(threads, blocks);

@@ -12,6 +12,7 @@
 #include <numeric>
 #include <unordered_map>
 
+#include "../check.h"
 #include "fork.h"
 
 namespace pelt_fast {
@@ -79,9 +80,9 @@ bool is_read_whole(const at::Tensor& t, bool trained) {
 
 // Of all bytes, in lanes that do not wait for each other.
 uint64_t hash_of(const char* bytes, int64_t size) {
-  constexpr int kLanes = 4;
-  uint64_t lanes[kLanes] = {0x9E3779B97F4A7C15ull, 0xBF58476D1CE4E5B9ull, 0x94D049BB133111EBull,
-                            0xD6E8FEB86659FD93ull};
+  constexpr int kLanes = 8;
+  uint64_t lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = 0x9E3779B97F4A7C15ull * uint64_t(2 * i + 1);
   int64_t i = 0;
   const auto mix = [&](int lane, int64_t count) {
     uint64_t word = 0;
@@ -252,6 +253,28 @@ Cache& cache() {
 std::shared_ptr<const Packed> packed(const at::Tensor& source, at::ScalarType dtype, int64_t strip,
                                      int64_t pair, int64_t k_unit, bool trained) {
   return cache().get(source, dtype, strip, pair, k_unit, trained);
+}
+
+std::optional<uint64_t> fingerprint_of(const std::vector<at::Tensor>& tensors) {
+  uint64_t hash = 0x9E3779B97F4A7C15ull;
+  const auto mix = [&](uint64_t word) {
+    hash = (hash ^ word) * 0xD6E8FEB86659FD93ull;
+    hash ^= hash >> 32;
+  };
+  for (const at::Tensor& tensor : tensors) {
+    const at::Tensor t = tensor.reshape({-1, tensor.dim() ? tensor.size(-1) : 1});
+    check_memory("a parameter", t);
+    if (t.is_inference() && !is_read_whole(t, false)) return std::nullopt;
+    mix(reinterpret_cast<uintptr_t>(t.const_data_ptr()));
+    mix(uint64_t(tensor.is_inference() ? 0 : tensor._version()));
+    for (int64_t i = 0; i < 2; ++i) {
+      mix(uint64_t(t.size(i)));
+      mix(uint64_t(t.stride(i)));
+    }
+    mix(uint64_t(t.scalar_type()));
+    mix(fingerprint(t, false));
+  }
+  return hash;
 }
 
 int64_t packed_bytes() {

@@ -4,6 +4,8 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <optional>
+#include <vector>
 
 namespace pelt_fast {
 
@@ -28,6 +30,11 @@ struct Packed {
 // has no version, no pack is kept. A freed source takes its packs with it.
 std::shared_ptr<const Packed> packed(const at::Tensor& source, at::ScalarType dtype, int64_t strip,
                                      int64_t pair, int64_t k_unit, bool trained = false);
+
+// What identifies these tensors and their contents, by the same rules as a pack's source:
+// addresses, versions, and hashes (all of a small tensor, a walk through every row and column of a
+// large one). Nothing where one of them is a large inference tensor.
+std::optional<uint64_t> fingerprint_of(const std::vector<at::Tensor>& tensors);
 
 int64_t packed_bytes();
 void clear_packed();

@@ -146,7 +146,7 @@ def adapter_fusion(
         training=training,
         backend=backend,
     )
-    folded = None if value_residual is not None else _folded(call)
+    folded = _folded(call)
     y, p = _by_tokens(call) if folded is None else _core(call, folded)
     if not return_attention:
         return y
@@ -196,32 +196,35 @@ class _Call(NamedTuple):
     layernorms: tuple[Tensor | None, ...]  # pre_*, ln_*
     settings: FusionSettings
 
-    @property
-    def shift(self) -> bool:
-        """Whether what all scores have in common matters: to dropout, and to who trains it."""
-        bias = self.attention.key_bias
-        trained = torch.is_grad_enabled() and bias is not None and bias.requires_grad
-        return self.settings.dropout_p > 0 or trained
+    shift: bool  # whether what all scores have in common matters: to dropout, and to who trains it
+    tag: Any  # what a kept fold depends on besides its tensors
+    kept: Folded | None  # found
 
 
 def _folded(call: _Call) -> Folded | None:
     """The folded matrices, kept ones where there are; None where the call is cheaper without them."""
+    if call.kept is not None:
+        return call.kept
+    if call.value_residual is not None:
+        return None
     adapters, attention = call.adapters, call.attention
-    members = (*adapters.down, *adapters.down_bias, *adapters.up, *adapters.up_bias)
-    sources = (*members, *adapters.scaling, *attention)
-    trained = torch.is_grad_enabled() and any(
-        isinstance(t, Tensor) and t.requires_grad for t in sources
-    )
-    if torch.compiler.is_compiling():
-        pass
-    elif trained:
-        fold_cache.forget(adapters, attention)
-    else:
-        kept = fold_cache.get(adapters, attention, call.shift, lambda: _fold(call))
-        if kept is not None:
-            return kept
+    if not torch.compiler.is_compiling():
+        if _trains(adapters, attention):
+            fold_cache.forget(adapters, attention)
+        else:
+            kept = fold_cache.make(adapters, attention, call.tag, lambda: _fold(call))
+            if kept is not None:
+                return kept
     tokens = math.prod(call.x.shape[:-1])
     return _fold(call) if folds(tokens, adapters, attention) else None
+
+
+def _trains(adapters: Adapters, attention: Attention) -> bool:
+    """Whether anything that would be folded wants a gradient."""
+    if not torch.is_grad_enabled():
+        return False
+    groups = (*adapters, attention)
+    return any(isinstance(t, Tensor) and t.requires_grad for group in groups for t in group)
 
 
 def _fold(call: _Call) -> Folded:
@@ -339,10 +342,23 @@ def _check(
         t if t is None else x if t is given else t.to(x.dtype) for t in (query, value_residual)
     )
 
-    adapters = _check_adapters(
-        x, down_weights, down_biases, up_weights, up_biases, scaling, autocast
+    rate = number("dropout_p", dropout_p)
+    check_probability("dropout_p", rate)
+    rate = rate if training else 0.0
+    shift = rate > 0 or (
+        torch.is_grad_enabled() and isinstance(key_bias, Tensor) and key_bias.requires_grad
     )
-    _check_attention(x, attention, autocast)
+    tag = (shift, d, x.dtype, x.device, autocast)
+    adapters = _given(down_weights, down_biases, up_weights, up_biases, scaling)
+    kept = None
+    keeps = value_residual is None and not torch.compiler.is_compiling()
+    if keeps and adapters is not None and not _trains(adapters, attention):
+        kept = fold_cache.find(adapters, attention, tag)
+    if kept is None or adapters is None:
+        adapters = _check_adapters(
+            x, down_weights, down_biases, up_weights, up_biases, scaling, autocast
+        )
+        _check_attention(x, attention, autocast)
     vectors = (
         ("pre_ln_weight", pre_ln_weight),
         ("pre_ln_bias", pre_ln_bias),
@@ -354,8 +370,7 @@ def _check(
             _check_vector(name, vector, x, "d", d, autocast)
     check_layernorm("pre_ln", pre_ln_weight, pre_ln_bias)
     check_layernorm("ln", ln_weight, ln_bias)
-    rate, warmth = number("dropout_p", dropout_p), number("temperature", temperature)
-    check_probability("dropout_p", rate)
+    warmth = number("temperature", temperature)
     if not 0.0 < warmth < float("inf"):
         raise ValueError(f"temperature is {warmth}; expected a positive finite number")
     if not isinstance(activation, str):
@@ -370,7 +385,7 @@ def _check(
         warmth,
         check_eps("pre_ln_eps", pre_ln_eps),
         check_eps("eps", eps),
-        rate if training else 0.0,
+        rate,
         skip_in,
         residual_x,
         residual_skip,
@@ -379,8 +394,24 @@ def _check(
     return _Call(
         *(whole, term, query, value_residual, residuals, into, adapters, attention),
         (pre_ln_weight, pre_ln_bias, ln_weight, ln_bias),
-        settings,
+        *(settings, shift, tag, kept),
     )
+
+
+def _given(
+    down_weights: Any, down_biases: Any, up_weights: Any, up_biases: Any, scaling: Any
+) -> Adapters | None:
+    """The arguments as they came, if they are sequences of one length; else checks have something to say."""
+    if not isinstance(down_weights, (list, tuple)) or not down_weights:
+        return None
+    none = [None] * len(down_weights)
+    downs = none if down_biases is None else down_biases
+    ups = none if up_biases is None else up_biases
+    factors = scaling if isinstance(scaling, (list, tuple)) else [scaling] * len(none)
+    factors = [float(s) if type(s) in (int, float) else s for s in factors]
+    found = Adapters(down_weights, downs, up_weights, ups, factors)
+    alike = all(isinstance(t, (list, tuple)) and len(t) == len(none) for t in found)
+    return found if alike else None
 
 
 def _check_adapters(

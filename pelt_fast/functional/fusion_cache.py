@@ -9,6 +9,7 @@ read cheaply (another device than the CPU, no C++ extension, large tensors that 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections import OrderedDict
@@ -39,28 +40,42 @@ class FoldCache:
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
         self._lock = threading.RLock()  # a tensor may die, and its callback run, while it is held
 
-    def get(
-        self, adapters: Adapters, attention: Attention, shift: bool, make: Callable[[], Folded]
+    def find(self, adapters: Adapters, attention: Attention, tag: Any) -> Folded | None:
+        """The fold of these very tensors as they are now, if there is one.
+
+        What an entry was made of had been checked, so that what is found here need not be: its key names every
+        argument by identity (numbers by value), and ``tag`` what else a check asks about.
+        """
+        key = _key(adapters, attention, tag)
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        sources = _sources(adapters, attention)
+        if _fingerprint(sources) != entry.fingerprint:
+            return None
+        if not all(ref() is t for ref, t in zip(entry.sources, sources, strict=True)):
+            return None
+        with self._lock, contextlib.suppress(KeyError):
+            self._entries.move_to_end(key)
+        return entry.folded
+
+    def make(
+        self,
+        adapters: Adapters,
+        attention: Attention,
+        tag: Any,
+        fold: Callable[[], Folded],
     ) -> Folded | None:
-        """The fold of these tensors, made where there is none; None where none can be kept."""
+        """A fold that is kept; None where none can be."""
         sources = _sources(adapters, attention)
         fingerprint = _fingerprint(sources) if self.limit > 0 else None
         if fingerprint is None:
             return None
-        key = _key(adapters, sources, shift)
-        with self._lock:
-            entry = self._entries.get(key)
-            if (
-                entry is not None
-                and entry.fingerprint == fingerprint
-                and all(ref() is t for ref, t in zip(entry.sources, sources, strict=True))
-            ):
-                self._entries.move_to_end(key)
-                return entry.folded
         # tensors of inference mode could not take part in a later call that is differentiated
         with torch.inference_mode(False), torch.no_grad():
-            folded = Folded(*(None if t is None else t.clone() for t in make()))  # type: ignore[arg-type]
+            folded = Folded(*(None if t is None else t.clone() for t in fold()))  # type: ignore[arg-type]
         size = sum(t.untyped_storage().nbytes() for t in folded if t is not None)
+        key = _key(adapters, attention, tag)
         with self._lock:
             self._drop(key)
             if size <= self.limit:
@@ -75,9 +90,10 @@ class FoldCache:
         """Drops what is made of these tensors: they are about to change."""
         if not self._entries:
             return
-        sources = _sources(adapters, attention)
-        for shift in (False, True):
-            self._drop(_key(adapters, sources, shift))
+        with self._lock:
+            names = _names(adapters, attention)
+            for key in [key for key in self._entries if key[0] == names]:
+                self._drop(key)
 
     def clear(self) -> None:
         """Drops everything."""
@@ -110,9 +126,14 @@ def _sources(adapters: Adapters, attention: Attention) -> list[Tensor]:
     return [t for t in (*members, *adapters.scaling, *attention) if isinstance(t, Tensor)]
 
 
-def _key(adapters: Adapters, sources: Sequence[Tensor], shift: bool) -> Any:
-    numbers = tuple(s for s in adapters.scaling if not isinstance(s, Tensor))
-    return (tuple(map(id, sources)), numbers, shift)
+def _names(adapters: Adapters, attention: Attention) -> tuple[int, ...]:
+    members = (adapters.down, adapters.down_bias, adapters.up, adapters.up_bias, attention)
+    return tuple([id(t) for group in members for t in group])
+
+
+def _key(adapters: Adapters, attention: Attention, tag: Any) -> Any:
+    factors = tuple([s if isinstance(s, float) else id(s) for s in adapters.scaling])
+    return (_names(adapters, attention), factors, tag)
 
 
 def _fingerprint(sources: Sequence[Tensor]) -> int | None:

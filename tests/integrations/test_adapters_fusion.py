@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from pathlib import Path
 from typing import Any
@@ -413,4 +414,5 @@ def test_folded_matrices_go_with_the_model() -> None:
         model(**ARCHITECTURES["bert"].batch())
     assert PF.folded_bytes() == kept
     del model
+    gc.collect()
     assert PF.folded_bytes() == 0
