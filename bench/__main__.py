@@ -152,6 +152,7 @@ SUITES = {
     "compacter": "test_compacter.py",
     "delta": "test_delta.py",
     "prefix": "test_prefix.py",
+    "fusion": "test_fusion.py",
 }
 
 

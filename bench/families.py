@@ -5,11 +5,14 @@ from .case import Case
 from .compacter import FAMILY as COMPACTER
 from .delta import FAMILY as DELTA
 from .family import Family
+from .fusion import FAMILY as FUSION
 from .lora import FAMILY as LORA
 from .multi_lora import FAMILY as MULTI_LORA
 from .prefix import FAMILY as PREFIX
 
-FAMILIES = {family.name: family for family in (LORA, ADAPTER, COMPACTER, MULTI_LORA, DELTA, PREFIX)}
+FAMILIES = {
+    family.name: family for family in (LORA, ADAPTER, COMPACTER, MULTI_LORA, DELTA, PREFIX, FUSION)
+}
 
 
 def family_of(case: Case) -> Family:

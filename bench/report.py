@@ -11,6 +11,7 @@ from .adapter import tables as adapter_tables
 from .compacter import tables as compacter_tables
 from .delta import tables as delta_tables
 from .environment import BUSY_LOAD
+from .fusion import tables as fusion_tables
 from .lora import tables as lora_tables
 from .multi_lora import tables as multi_lora_tables
 from .prefix import tables as prefix_tables
@@ -26,6 +27,7 @@ SECTIONS: dict[str, Any] = {
     "compacter": compacter_tables,
     "delta": delta_tables,
     "prefix": prefix_tables,
+    "fusion": fusion_tables,
 }
 """By family, what has a TITLE, `tables` and `headlines`."""
 USERS_FAMILY = "multi_lora"

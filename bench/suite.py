@@ -22,6 +22,7 @@ QUICK_BUDGET_S = {
     "delta": 12.0,
     "compacter": 12.0,
     "prefix": 12.0,
+    "fusion": 10.0,
 }
 FULL_BUDGET_S = {
     "lora": 1200.0,
@@ -30,6 +31,7 @@ FULL_BUDGET_S = {
     "delta": 120.0,
     "compacter": 120.0,
     "prefix": 60.0,
+    "fusion": 120.0,
 }
 """For the rows of a family."""
 TIMER = InjectedTimer()

@@ -32,16 +32,16 @@ def accelerate(model: nn.Module) -> Report:
     ``parameter.data`` in place is not noticed. In a model of the `adapters` library every
     bottleneck layer computes with ``pelt_fast.functional.bottleneck_adapter``: one adapter together
     with the residuals and the layernorm around it, several of a composition (``Stack``, ``Split``,
-    ``Parallel``, ``BatchSplit``, ``Average``) one by one; Compacter's, whose projections are Kronecker
-    products, with ``compacter``; and an invertible adapter (NICE) is two such calls. A model with
-    layers of both has both.
+    ``Parallel``, ``BatchSplit``, ``Average``) one by one, a ``Fuse`` of plain adapters in
+    one call; Compacter's, whose projections are Kronecker products, with ``compacter``; and an
+    invertible adapter (NICE) is two such calls. A model with layers of both has both.
 
     The layers stay the same objects, with the same parameters, ``state_dict`` keys and saved files.
     Scalings, active adapters, setups, merging, disabling, dropout and training mode are read at each
     call, so the libraries' own methods go on working. Where a call is not served, the library's own
     forward runs: in PEFT for merged or disabled adapters, DoRA and other variants, and mixed batches of
     unequal dropout;
-    in `adapters` for ``Fuse``, activations that kernels do not have, and when gating scores
+    in `adapters` for activations that kernels do not have, and when gating scores
     are wanted; in both for hooks on inner layers and mixed dtypes.
 
     The float32 adapters that the `adapters` library adds to a bfloat16 or float16 model need no cast.

@@ -3,11 +3,13 @@
 from .adapter import BottleneckAdapter
 from .compacter import Compacter, PHMLinear
 from .delta import DiffPruningLinear, MaskedLinear, diff_pruning_penalty
+from .fusion import AdapterFusion
 from .lora import LoRALinear
 from .multi_lora import MultiLoRALinear
 from .prefix import PrefixGate, PrefixTuning
 
 __all__ = [
+    "AdapterFusion",
     "BottleneckAdapter",
     "Compacter",
     "DiffPruningLinear",

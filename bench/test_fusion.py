@@ -1,0 +1,21 @@
+"""The rows of AdapterFusion: `pytest bench/test_fusion.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bench.case import Case
+from bench.fusion import FAMILY
+from bench.suite import MARKS, parametrize, report
+
+pytestmark = MARKS
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    parametrize(metafunc, FAMILY)
+
+
+def test_fusion(benchmark: Any, table: Any, case: Case, pass_: str, contender: str) -> None:
+    report(benchmark, table, case, pass_, contender)
