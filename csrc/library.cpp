@@ -6,6 +6,7 @@
 #include "cpu/compacter.h"
 #include "cpu/delta.h"
 #include "cpu/fusion.h"
+#include "cpu/gated_lora.h"
 #include "cpu/isa.h"
 #include "cpu/lora.h"
 #include "cpu/memory.h"
@@ -56,6 +57,31 @@ py::tuple lora_linear_bwd(const at::Tensor& dy, const pelt_fast::OptionalTensor&
     g.dx = from_rows(g.dx, dy);
   }
   return py::make_tuple(g.dx, g.dbias, g.da, g.db, g.dlora_bias);
+}
+
+// What both directions of the gated LoRA linear take.
+#define PELT_GATED_ARGUMENTS                                                                     \
+  const at::Tensor &lora_a, const at::Tensor &lora_b, const at::Tensor &gate_weight,             \
+      const pelt_fast::OptionalTensor &gate_bias, const pelt_fast::OptionalTensor &token_weight, \
+      double scaling, double dropout_p, const pelt_fast::OptionalTensor &seed
+#define PELT_GATED_CALL \
+  {lora_a, lora_b, gate_weight, gate_bias, token_weight, scaling, dropout_p, seed}
+
+auto gated_lora_linear_fwd(const at::Tensor& x, const at::Tensor& weight,
+                           const pelt_fast::OptionalTensor& bias, PELT_GATED_ARGUMENTS,
+                           int64_t samples) {
+  auto [y, s, gate] =
+      pelt_fast::gated_lora_linear_fwd(to_rows(x), weight, bias, PELT_GATED_CALL, samples);
+  return std::make_tuple(from_rows(y, x), s, gate);
+}
+
+auto gated_lora_linear_bwd(const at::Tensor& dy, const pelt_fast::OptionalTensor& x,
+                           const at::Tensor& weight, PELT_GATED_ARGUMENTS, const at::Tensor& s,
+                           const at::Tensor& gate, const std::vector<bool>& needs) {
+  auto grads = pelt_fast::gated_lora_linear_bwd(to_rows(dy), to_rows(x), weight, PELT_GATED_CALL, s,
+                                                gate, needs);
+  grads[0] = from_rows(grads[0], dy);
+  return grads;
 }
 
 // What both directions of the bottleneck adapter take, in the order of the operators' schemas.
@@ -229,6 +255,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "C++ kernels of pelt_fast";
   m.def("lora_linear_fwd", &lora_linear_fwd, release());
   m.def("lora_linear_bwd", &lora_linear_bwd);
+  m.def("gated_lora_linear_fwd", &gated_lora_linear_fwd, release());
+  m.def("gated_lora_linear_bwd", &gated_lora_linear_bwd, release());
   m.def("multi_lora_fwd", &multi_lora_fwd);
   m.def("multi_lora_bwd", &multi_lora_bwd);
   m.def("bottleneck_adapter_fwd", &bottleneck_adapter_fwd, release());
@@ -247,6 +275,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("ordinary_lora_linear", &pelt_fast::ordinary_lora_linear);
   m.def("ordinary_adapter", &ordinary_adapter);
   m.def("ordinary_compacter", &ordinary_compacter);
+  m.def("ordinary_gated_lora_linear", &pelt_fast::ordinary_gated_lora_linear);
   m.def("prefix_attention", &pelt_fast::prefix_attention, release());
   m.def(
       "isa", [] { return pelt_fast::isa_name(pelt_fast::current_isa()); },

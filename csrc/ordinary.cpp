@@ -16,6 +16,7 @@
 #include "check.h"
 #include "cpu/adapter.h"
 #include "cpu/compacter.h"
+#include "cpu/gated_lora.h"
 #include "cpu/lora.h"
 #include "cpu/shape.h"
 
@@ -235,6 +236,41 @@ py::object ordinary_lora_linear(py::handle x, py::handle weight, py::handle bias
     y = from_rows(std::get<0>(lora_linear_fwd(to_rows(reader.x()), *w, b, as, bs, biases, factors,
                                               rates, std::nullopt)),
                   reader.x());
+  }
+  return py::cast(y);
+}
+
+py::object ordinary_gated_lora_linear(py::handle x, py::handle weight, py::handle bias,
+                                      py::handle lora_a, py::handle lora_b, py::handle gate_weight,
+                                      py::handle gate_bias, py::handle scaling,
+                                      py::handle dropout_p, bool training) {
+  Reader reader(x);
+  if (!reader.ordinary || reader.x().dim() < 2) return py::none();
+  const int64_t in = reader.x().size(-1);
+  const at::Tensor* w = reader.matrix(weight, -1, in, false);
+  if (!w || w->requires_grad() || w->is_inference()) return py::none();
+  const OptionalTensor b = reader.vector(bias, w->size(0), false);
+  const at::Tensor* a = reader.matrix(lora_a, -1, in, true);
+  if (!a || a->size(0) > kMaxRank) return py::none();
+  const at::Tensor* expand = reader.matrix(lora_b, w->size(0), a->size(0), true);
+  const at::Tensor* gate = reader.matrix(gate_weight, 1, in, true);
+  const OptionalTensor offset = reader.vector(gate_bias, 1, true);
+  const double factor = reader.number(scaling);
+  const double rate =
+      training ? reader.probability(dropout_p) : 0.0 * reader.probability(dropout_p);
+  if (!reader.ordinary) return py::none();
+  const int64_t tokens = reader.x().numel() / in, samples = tokens / reader.x().size(-2);
+  if (reader.gradient || rate > 0) return py::make_tuple(factor, rate, samples);
+  if (tokens == 1 && reader.x().scalar_type() == at::kFloat) return py::none();
+  at::Tensor y;
+  {
+    py::gil_scoped_release release;
+    const at::NoGradGuard no_grad;
+    y = from_rows(
+        std::get<0>(gated_lora_linear_fwd(
+            to_rows(reader.x()), *w, b,
+            {*a, *expand, *gate, offset, std::nullopt, factor, 0.0, std::nullopt}, samples)),
+        reader.x());
   }
   return py::cast(y);
 }

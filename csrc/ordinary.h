@@ -19,6 +19,11 @@ pybind11::object ordinary_lora_linear(pybind11::handle x, pybind11::handle weigh
                                       pybind11::handle lora_b, pybind11::handle scaling,
                                       pybind11::handle lora_bias, pybind11::handle dropout_p,
                                       bool training);
+pybind11::object ordinary_gated_lora_linear(pybind11::handle x, pybind11::handle weight,
+                                            pybind11::handle bias, pybind11::handle lora_a,
+                                            pybind11::handle lora_b, pybind11::handle gate_weight,
+                                            pybind11::handle gate_bias, pybind11::handle scaling,
+                                            pybind11::handle dropout_p, bool training);
 // What an adapter takes besides its projections.
 struct AroundAdapter {
   pybind11::handle x, down_bias, up_bias;

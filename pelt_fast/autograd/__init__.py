@@ -4,6 +4,7 @@ from .adapter import BottleneckAdapterFunction
 from .compacter import CompacterFunction
 from .delta import DiffPruningFunction, DiffPruningLinearFunction, MaskedLinearFunction
 from .fusion import AdapterFusionFunction
+from .gated_lora import GatedLoRALinearFunction
 from .lora import LoRALinearFunction
 from .multi_lora import MultiLoRAFunction
 
@@ -13,6 +14,7 @@ __all__ = [
     "CompacterFunction",
     "DiffPruningFunction",
     "DiffPruningLinearFunction",
+    "GatedLoRALinearFunction",
     "LoRALinearFunction",
     "MaskedLinearFunction",
     "MultiLoRAFunction",

@@ -11,7 +11,7 @@ import torch
 class LoRAProblem(NamedTuple):
     """One pass of the LoRA linear. ``dtype`` is x's, the one that is computed in."""
 
-    op: str  # "lora_linear_fwd" | "lora_linear_bwd"
+    op: str  # "lora_linear_fwd" | "lora_linear_bwd", "gated_lora_linear_fwd" | "gated_lora_linear_bwd"
     device_type: str
     arch: str  # "sm_90", "avx2", ...
     dtype: torch.dtype
@@ -28,7 +28,7 @@ class LoRAProblem(NamedTuple):
     @property
     def family(self) -> str:
         """The module of a backend that has this operation."""
-        return "lora"
+        return "gated_lora" if self.op.startswith("gated") else "lora"
 
     @property
     def rank(self) -> int:

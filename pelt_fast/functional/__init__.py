@@ -21,6 +21,7 @@ from .delta import (
 )
 from .fusion import adapter_fusion, explain_adapter_fusion
 from .fusion_cache import clear_folded, folded_bytes
+from .gated_lora import explain_gated_lora_linear, gated_lora_linear
 from .lora import MAX_RANK, explain_lora_linear, lora_linear
 from .multi_bottleneck import multi_bottleneck
 from .multi_lora import explain_multi_lora, multi_lora
@@ -39,6 +40,7 @@ __all__ = [
     "diff_pruning_weight",
     "explain",
     "folded_bytes",
+    "gated_lora_linear",
     "lora_linear",
     "masked_linear",
     "multi_bottleneck",
@@ -51,6 +53,7 @@ __all__ = [
 
 _EXPLAINED: dict[str, Callable[..., Explanation]] = {
     "lora_linear": explain_lora_linear,
+    "gated_lora_linear": explain_gated_lora_linear,
     "bottleneck_adapter": explain_bottleneck_adapter,
     "compacter": explain_compacter,
     "multi_lora": explain_multi_lora,

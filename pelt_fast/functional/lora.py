@@ -157,8 +157,8 @@ def _check(
     training: bool,
     backend: str | None,
 ) -> _Call:
-    x, autocast = _compute_input(x)
-    _check_base(x, weight, bias, autocast)
+    x, autocast = compute_input(x)
+    check_base(x, weight, bias, autocast)
     lora_a = tensors("lora_a", lora_a)
     n = len(lora_a)
     if n == 0:
@@ -166,7 +166,7 @@ def _check(
     lora_b = tensors("lora_b", lora_b)
     _check_count("lora_b", lora_b, n)
     for i in range(n):
-        _check_adapter(i if n > 1 else None, x, weight, lora_a[i], lora_b[i], autocast)
+        check_adapter(i if n > 1 else None, x, weight, lora_a[i], lora_b[i], autocast)
     numbers = _numbers("scaling", scaling, n)
     for value in numbers:
         check_finite("scaling", value)
@@ -183,11 +183,12 @@ def _check(
         _check_lora_bias(lora_bias, n, x, weight, autocast),
         numbers,
         rates,
-        _backend_name(weight, backend),
+        base_backend(weight, backend),
     )
 
 
-def _backend_name(weight: Tensor, backend: str | None) -> str:
+def base_backend(weight: Tensor, backend: str | None) -> str:
+    """The backend that is asked for; "torch" where W trains and none is."""
     name = backend_name(backend)
     trains = weight.requires_grad and (torch.compiler.is_compiling() or torch.is_grad_enabled())
     if trains and name in ("", "auto"):
@@ -195,7 +196,7 @@ def _backend_name(weight: Tensor, backend: str | None) -> str:
     return name
 
 
-def _compute_input(x: Tensor) -> tuple[Tensor, bool]:
+def compute_input(x: Tensor) -> tuple[Tensor, bool]:
     """x in the dtype that is computed in, and whether autocast chose it."""
     check_input(x, "in")
     dtype = autocast_dtype(x)
@@ -205,7 +206,8 @@ def _compute_input(x: Tensor) -> tuple[Tensor, bool]:
     return x, False
 
 
-def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> None:
+def check_base(x: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> None:
+    """W (out, in) and its bias go with x."""
     check_tensor("weight", weight, x, "(out, in)")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(
@@ -222,9 +224,10 @@ def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) 
         check_dtype("bias", bias, x, autocast, wider=False)
 
 
-def _check_adapter(
+def check_adapter(
     i: int | None, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, autocast: bool
 ) -> None:
+    """A (r, in) and B (out, r) go with x and W; ``i`` is which adapter's, of several."""
     at = "" if i is None else f"[{i}]"
     out_features, in_features = weight.shape
     check_tensor(f"lora_a{at}", a, x, "(r, in)")

@@ -4,6 +4,7 @@ from .adapter import bottleneck_adapter_bwd, bottleneck_adapter_fwd
 from .compacter import compacter_bwd, compacter_fwd
 from .delta import diff_pruning_bwd, diff_pruning_fwd, masking_bwd, masking_fwd
 from .fusion import adapter_fusion_bwd, adapter_fusion_fwd
+from .gated_lora import gated_lora_linear_bwd, gated_lora_linear_fwd
 from .lora import lora_linear_bwd, lora_linear_fwd
 from .multi_lora import multi_lora_add_, multi_lora_bwd, multi_lora_fwd
 from .prefix import prefix_attention
@@ -17,6 +18,8 @@ __all__ = [
     "compacter_fwd",
     "diff_pruning_bwd",
     "diff_pruning_fwd",
+    "gated_lora_linear_bwd",
+    "gated_lora_linear_fwd",
     "lora_linear_bwd",
     "lora_linear_fwd",
     "masking_bwd",

@@ -4,7 +4,7 @@ from .adapter import bottleneck_adapter
 from .compacter import compacter, phm_matrix
 from .delta import diff_pruning_weight, masked_weight
 from .fusion import adapter_fusion
-from .lora import lora_linear
+from .lora import gated_lora_linear, lora_linear
 from .multi_lora import multi_lora
 from .prefix import prefix_attention, prefix_gate
 
@@ -13,6 +13,7 @@ __all__ = [
     "bottleneck_adapter",
     "compacter",
     "diff_pruning_weight",
+    "gated_lora_linear",
     "lora_linear",
     "masked_weight",
     "multi_lora",
