@@ -298,6 +298,7 @@ def test_the_short_way_is_bitwise_the_long_way(grad, monkeypatch):
         assert torch.equal(value, short[name]), name
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_in_one_graph():
     tensors = make()
     for name in NAMES:
