@@ -9,7 +9,7 @@ from adapters.methods.adapter_layer_base import AdapterLayerBase
 from adapters.methods.invertible import InvertibleAdapterLayer
 from torch import nn
 
-from . import adapters_bottleneck, adapters_invertible, adapters_prefix
+from . import adapters_bottleneck, adapters_invertible, adapters_lora, adapters_prefix
 from .adapters_class import Accelerated, is_fast
 from .obstacles import type_name
 from .report import Report
@@ -17,6 +17,7 @@ from .report import Report
 FAMILIES: tuple[ModuleType, ...] = (
     adapters_bottleneck,
     adapters_invertible,
+    adapters_lora,
     adapters_prefix,
 )
 """Modules with ``LIBRARY``, ``concerns``, ``why_left``, ``accelerated_class`` and ``describe``, one for each of the
