@@ -1,4 +1,4 @@
-"""The library's LoRA linears compute with ``functional.lora_linear``; with UniPELT's gate, ``functional.gated_lora_linear``.
+"""The library's LoRA linears compute with ``functional.lora_linear``, gated ones with ``gated_lora_linear``.
 
 The fast class differs in ``forward``. Served is one LoRA that acts alone; what several make of each other (a ``Stack``
 multiplies them, ``BatchSplit`` deals out samples), DoRA, VeRA, IA³ and multi-task LoRA are the library's.
@@ -46,26 +46,26 @@ class _Operands(NamedTuple):
     dropout_p: float
 
 
-class FastLoRALinear(Accelerated, LoRALinear):
+class FastLoRALinear(Accelerated, LoRALinearTorch):
     """A linear layer with a fast LoRA."""
 
     def forward(self, input_states: Tensor) -> Tensor:
         """As the library's, which runs wherever a call is not served."""
         operands = _operands(self, input_states)
         if isinstance(operands, str):
-            y: Tensor = super().forward(input_states)
-            return y
+            theirs: Tensor = super().forward(input_states)
+            return theirs
         weight, bias, a, b, gate_weight, gate_bias, scaling, dropout_p = operands
         if gate_weight is None:
             return lora_linear(
                 input_states, weight, bias, a, b, scaling, dropout_p=dropout_p, training=True
             )
-        y = gated_lora_linear(
-            *(input_states, weight, bias, a, b, gate_weight, gate_bias, scaling),
+        gate = (gate_weight, gate_bias)
+        return gated_lora_linear(
+            *(input_states, weight, bias, a, b, *gate, scaling),
             dropout_p=dropout_p,
             training=True,
         )
-        return y
 
 
 def accelerated_class(library_class: type) -> type:
