@@ -343,19 +343,20 @@ def test_other_methods_are_named() -> None:
         ),
     )
     report = pelt_fast.accelerate(model)
-    # bottleneck layers, of prefixes attention layers, and one coupling
-    assert len(report.replaced) == 4 + 2 + 1
-    reasons = set(report.left.values())
-    assert reasons == {"it is a LoRALinearTorch"}
-    assert "left to adapters" in str(report)
+    # bottleneck layers, linear layers with LoRA, of prefixes attention layers, and one coupling
+    assert len(report.replaced) == 4 + 4 + 2 + 1
+    assert not report.left
+    merged = pelt_fast.accelerate(adapted("gpt2", adapters.LoRAConfig()))
+    assert set(merged.left.values()) == {"it is a LoRAMergedLinear"}
+    assert "left to adapters" in str(merged)
 
 
 def test_a_model_with_lora_alone() -> None:
     model = adapted("bert", "lora")
     report = pelt_fast.accelerate(model)
     assert set(report.waiting.values()) == {"no adapter is on this layer"}
-    assert len(report.left) == 4
-    assert not report.kinds
+    assert not report.left
+    assert sum(report.kinds.values()) == 4
 
 
 def test_the_report_tells_the_state() -> None:
