@@ -125,6 +125,7 @@ def _runs(study: Study, record: Record, options: argparse.Namespace, console: Co
     )
     left = [run for run in wanted if not record.done(run, study.protocol)]
     console.print(f"{len(left)} of {len(wanted)} runs to do; {record.csv}", highlight=False)
+    commit = environment.commit()  # of what runs, whatever is checked out meanwhile
     end = time.monotonic() + 60 * options.budget if options.budget else float("inf")
     with progress_bar(console) as progress:
         whole = progress.add_task("runs", total=len(left))
@@ -134,8 +135,7 @@ def _runs(study: Study, record: Record, options: argparse.Namespace, console: Co
                 console.print(f"the budget is spent: {len(left) - number} runs are left")
                 break
             outcome = study.run(run, Teller(progress, one))
-            line = line_of(run, study.protocol, outcome, environment.commit(), study.material.name)
-            record.add(line)
+            record.add(line_of(run, study.protocol, outcome, commit, study.material.name))
             progress.advance(whole)
             text = f"{run!s:48} {100 * outcome.test:5.1f} % after {outcome.fitted.best_epoch + 1} epochs"
             console.print(f"{text}, {outcome.seconds:.0f} s", highlight=False)

@@ -62,7 +62,7 @@ def _accuracy_table(task: str, setting: dict[str, str], lines: list[Line]) -> Te
         cells = [_accuracy_cell(of(lines, name, k, kind)) for k, kind in columns]
         if set(cells) != {NEVER}:
             table.rows.append([method.title, *cells])
-    table.notes = [f"{lines[0]['model']}. {_note(setting)}"]
+    table.notes = [f"{lines[0]['model']}. {_note(setting)} In brackets: how many seeds."]
     return table
 
 
@@ -73,6 +73,7 @@ def _note(setting: dict[str, str]) -> str:
         f"patience {setting['patience']}, {setting['dev']} samples to develop on, "
     )
     scale = float(setting["rate_scale"])
+    text += f"fusion's other adapters from {setting['source_samples']} samples each, "
     return text + (
         "the paper's learning rates." if scale == 1 else f"{scale:g} × the paper's learning rates."
     )
