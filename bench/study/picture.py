@@ -133,5 +133,5 @@ def _legend(axis: Any) -> None:
         fontsize=8.5,
         ncols=2,
         loc="lower right",
-        bbox_to_anchor=(1.02, 0.97),
+        bbox_to_anchor=(1.02, 1.08),
     )
