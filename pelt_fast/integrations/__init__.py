@@ -34,11 +34,9 @@ def accelerate(model: nn.Module) -> Report:
     with the residuals and the layernorm around it, several of a composition (``Stack``, ``Split``,
     ``Parallel``, ``BatchSplit``, ``Average``) one by one, a ``Fuse`` of plain adapters in
     one call; Compacter's, whose projections are Kronecker products, with ``compacter``; and an
-    invertible adapter (NICE) is two such calls. A model with layers of both has both.
-    ``Parallel``, ``BatchSplit``, ``Average``) one by one; Compacter's, whose projections are Kronecker
-    products, with ``compacter``; an invertible adapter (NICE) is two such calls; a linear layer with one
-    LoRA computes with ``lora_linear``, or with ``gated_lora_linear`` where it has UniPELT's gate. A model
-    with layers of both libraries has both.
+    invertible adapter (NICE) is two such calls; a linear layer with one LoRA computes with
+    ``lora_linear``, or with ``gated_lora_linear`` where it has UniPELT's gate. A model with layers of
+    both libraries has both.
 
     The layers stay the same objects, with the same parameters, ``state_dict`` keys and saved files.
     Scalings, active adapters, setups, merging, disabling, dropout and training mode are read at each
