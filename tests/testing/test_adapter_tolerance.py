@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pelt_fast import reference
 from pelt_fast.backends.torch_ import adapter as torch_backend
 from pelt_fast.testing import adapter_oracle as oracle
-from pelt_fast.testing.adapter_tolerance import _copies, _Model, assert_accurate, deviations
+from pelt_fast.testing.adapter_tolerance import Model, _copies, assert_accurate, deviations
 from pelt_fast.testing.adapter_workloads import (
     ACTIVATIONS,
     CASES,
@@ -55,7 +55,7 @@ def test_oracle_eager_and_model_are_one_formula(case):
     inputs = case.make(torch.float64)
     keep = oracle.mask(inputs, SEED)
     exact, eager = oracle.exact(inputs, keep), oracle.eager(inputs, keep)
-    model = run(_Model(Perturbation(), keep), _copies(inputs, 1))
+    model = run(Model(Perturbation(), keep), _copies(inputs, 1))
     assert set(exact) == set(eager) == set(model)
     for name, value in exact.items():
         torch.testing.assert_close(eager[name], value, rtol=1e-9, atol=1e-9)
