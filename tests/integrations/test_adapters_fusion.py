@@ -163,9 +163,7 @@ ADAPTER_FLAGS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "fusion", FUSION_FLAGS, ids=lambda c: repr(c)[:6] + str(hash(repr(c)) % 97)
-)
+@pytest.mark.parametrize("fusion", FUSION_FLAGS)
 def test_every_flag_of_the_fusion(fusion: Any, fusions) -> None:
     model = with_fusion(fusion=fusion)
     fast = assert_same_in_fp64(model, ARCHITECTURES["bert"].batch())
