@@ -256,8 +256,7 @@ py::object ordinary_gated_lora_linear(py::handle x, py::handle weight, py::handl
   const at::Tensor* gate = reader.matrix(gate_weight, 1, in, true);
   const OptionalTensor offset = reader.vector(gate_bias, 1, true);
   const double factor = reader.number(scaling);
-  const double rate =
-      training ? reader.probability(dropout_p) : 0.0 * reader.probability(dropout_p);
+  const double probability = reader.probability(dropout_p), rate = training ? probability : 0.0;
   if (!reader.ordinary) return py::none();
   const int64_t tokens = reader.x().numel() / in, samples = tokens / reader.x().size(-2);
   if (reader.gradient || rate > 0) return py::make_tuple(factor, rate, samples);
@@ -318,6 +317,7 @@ py::object ordinary_around(Reader& reader, const AroundAdapter& h, int64_t m, Te
   py::handle second = h.skip;
   s.skip_in = !h.skip.is_none();
   for (py::handle r : h.residual.is_none() ? std::vector<py::handle>() : several(h.residual)) {
+    if (r.is_none()) return py::none();
     if (r.ptr() == h.x.ptr()) {
       reader.expect(!s.residual_x);
       s.residual_x = true;

@@ -249,6 +249,20 @@ def test_served_only_where_the_dispatcher_would_choose_cpp(tokens, dtype, infere
     assert bool(served) == (chosen == "cpp")
 
 
+@pytest.mark.parametrize("residual", [None, "x"], ids=["alone", "beside x"])
+@pytest.mark.parametrize("skip", [False, True], ids=["", "skip"])
+def test_none_among_the_residuals_is_named(residual, skip):
+    """Nothing is read where no tensor is: the process went with it."""
+    x = torch.randn(3, D)
+    residuals = [None] if residual is None else [x, None]
+    with pytest.raises(TypeError, match=r"residual(\[\d\])? is a NoneType"):
+        PF.bottleneck_adapter(
+            *(x, torch.randn(M, D), None, torch.randn(D, M), None),
+            residual=residuals,
+            skip=x.clone() if skip else None,
+        )
+
+
 def test_backward_with_a_gradient_that_is_not_ordinary():
     """A sparse gradient, and saved tensors that hooks gave back in another form."""
     torch.manual_seed(0)

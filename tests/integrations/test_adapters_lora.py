@@ -153,6 +153,9 @@ def test_gating_scores_are_the_librarys():
             output = each(**batch, output_adapter_gating_scores=True)
         scores.append(output.adapter_gating_scores["a"])
     assert scores[0].keys() == scores[1].keys()
+    for index, places in scores[0].items():
+        for place, score in places.items():
+            torch.testing.assert_close(torch.tensor(scores[1][index][place]), torch.tensor(score))
 
 
 def test_dropout_acts_on_the_way_into_a():
