@@ -57,8 +57,11 @@ class Table:
         planned = sum(of_families[family] for family in rows)
         self._budget_s = planned if budget_s is None else budget_s
         self._end = time.monotonic() + self._budget_s
-        self._weights = {family: of_families[family] / count for family, count in rows.items()}
-        """How rows of the families share what is left."""
+        scale = self._budget_s / planned
+        self._reserved = {
+            family: scale * of_families[family] / count for family, count in rows.items()
+        }
+        """For each row of a family that waits: no other family's rows use it up."""
         self._left = rows
         self._rows: dict[Case, Row] = {}
         self._total = sum(rows.values())
@@ -71,11 +74,15 @@ class Table:
         return self._rows[case]
 
     def _measure(self, case: Case) -> Row:
-        left = self._end - time.monotonic()
+        others = sum(
+            self._reserved[family] * count
+            for family, count in self._left.items()
+            if family != case.family
+        )
+        left = self._end - time.monotonic() - others
         if left <= 0:
             return Row(case, not_run=f"the tables' time budget of {self._budget_s:.0f} s was spent")
-        waiting = sum(self._weights[family] * count for family, count in self._left.items())
-        share = left * self._weights[case.family] / waiting
+        share = left / self._left[case.family]
         # A part of each share goes into building, checking and watching.
         sample_s = min(0.7 * share, 30.0 if self._full else 6.0)
         limits = Limits(sample_s, round_s=60.0 if self._full else 1.5)

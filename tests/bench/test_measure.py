@@ -238,3 +238,18 @@ def test_rows_share_the_budgets_of_their_families(monkeypatch: pytest.MonkeyPatc
     ratio = (QUICK_BUDGET_S["lora"] / 50) / (QUICK_BUDGET_S["multi_lora"] / 100)
     assert given[few[0]] / given[many[0]] < ratio  # what the first leave is shared by the rest
     assert given[few[0]] == pytest.approx(0.7 * QUICK_BUDGET_S["lora"] / 50, rel=0.01)
+
+
+def test_a_family_that_takes_longer_leaves_the_others_their_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(suite_conftest.time, "monotonic", lambda: now)
+    monkeypatch.setattr(suite_conftest, "measure", lambda family, case, *_: measure.Row(case))
+    first = [LoRACase("fp32", tokens, 8, 8) for tokens in (1, 2)]
+    last = MultiLoRACase("fp32", 3, 2, 8, 8)
+    table = suite_conftest.Table(CPU, None, False, [*first, last], lambda *_: None)
+    assert not table.row(first[0]).not_run
+    now = QUICK_BUDGET_S["lora"] + 1  # the first row took all that its family had
+    assert "was spent" in table.row(first[1]).not_run
+    assert not table.row(last).not_run
