@@ -16,10 +16,12 @@ __all__ = [
     "MultiAdapterPlan",
     "__version__",
     "accelerate",
+    "add_unipelt",
     "explain",
     "functional",
     "nn",
     "restore",
+    "unipelt_config",
     "use_backend",
     "use_plan",
 ]
@@ -31,6 +33,10 @@ def __getattr__(name: str) -> Any:
         from . import integrations
 
         return getattr(integrations, name)
+    if name in ("add_unipelt", "unipelt_config"):
+        from .integrations import adapters_unipelt
+
+        return getattr(adapters_unipelt, name)
     if name == "AdapterPool":
         from .serving import AdapterPool
 

@@ -22,10 +22,11 @@ from .delta import (
 from .fusion import adapter_fusion, explain_adapter_fusion
 from .fusion_cache import clear_folded, folded_bytes
 from .gated_lora import explain_gated_lora_linear, gated_lora_linear
+from .gates import central_gate, prefix_gate
 from .lora import MAX_RANK, explain_lora_linear, lora_linear
 from .multi_bottleneck import multi_bottleneck
 from .multi_lora import explain_multi_lora, multi_lora
-from .prefix import explain_prefix_attention, prefix_attention, prefix_gate
+from .prefix import explain_prefix_attention, prefix_attention
 
 __all__ = [
     "ACTIVATIONS",
@@ -34,6 +35,7 @@ __all__ = [
     "activation_name",
     "adapter_fusion",
     "bottleneck_adapter",
+    "central_gate",
     "clear_folded",
     "compacter",
     "diff_pruning_linear",

@@ -1,4 +1,4 @@
-"""Prefix tuning as functions of tensors: attention over a prefix, and its gate. Arguments are checked here, once."""
+"""Attention over a prefix as a function of tensors. Arguments are checked here, once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.torch_.prefix import concatenated
@@ -16,13 +15,9 @@ from ..ops.prefix import problem_of
 from .checks import (
     autocast_dtype,
     backend_name,
-    check_dtype,
     check_finite,
-    check_input,
-    check_input_dtype,
     check_probability,
     check_tensor,
-    check_vector,
     number,
     shape_of,
 )
@@ -119,54 +114,6 @@ def explain_prefix_attention(
     if reason is None:
         return Explanation((explain_problem(problem, chosen),))
     return Explanation((Choice(problem, chosen, "torch", {"cpp": [reason]}, []),))
-
-
-def prefix_gate(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, attention_mask: Tensor | None = None
-) -> Tensor:
-    """The gate of a prefix, or of any submodule, for each sample: the mean over its tokens of σ(x weightᵀ + bias).
-
-    Args:
-        x: (B, T, d), the attention's input.
-        weight: (g, d): one row for keys and values together, or one for each.
-        bias: (g,) or None.
-        attention_mask: (B, T), not 0 where a token is real: the mean is over those, as UniPELT's paper has it; a sample
-            without any gets NaN. None: over all tokens, padding included, as `adapters` and UniPELT's own code do.
-
-    Returns:
-        (B, g), as ``prefix_attention`` takes it.
-
-    Raises:
-        TypeError: an argument has a wrong type or dtype.
-        ValueError: an argument has a wrong shape or device.
-    """
-    check_input(x, "d")
-    if x.dim() != 3:
-        raise ValueError(f"x has shape {shape_of(x)}; expected (B, T, d)")
-    check_tensor("weight", weight, x, "(g, d)")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[2]:
-        raise ValueError(
-            f"weight has shape {shape_of(weight)}; expected (g, d) with d = {x.shape[2]}, x's last size"
-        )
-    autocast = autocast_dtype(x) is not None
-    if not autocast:
-        check_input_dtype(x)
-    check_dtype("weight", weight, x, autocast, wider=True)
-    if bias is not None:
-        check_tensor("bias", bias, x, "(g,)")
-        check_vector("bias", bias, "g", weight.shape[0])
-        check_dtype("bias", bias, x, autocast, wider=True)
-        bias = bias if autocast else bias.to(x.dtype)
-    scores = torch.sigmoid(F.linear(x, weight if autocast else weight.to(x.dtype), bias))
-    if attention_mask is None:
-        return scores.mean(1)
-    check_tensor("attention_mask", attention_mask, x, "(B, T)")
-    if attention_mask.shape != x.shape[:2]:
-        raise ValueError(
-            f"attention_mask has shape {shape_of(attention_mask)}; expected (B, T) = {tuple(x.shape[:2])}"
-        )
-    real = (attention_mask != 0).to(scores.dtype).unsqueeze(-1)
-    return (scores * real).sum(1) / real.sum(1)
 
 
 _Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

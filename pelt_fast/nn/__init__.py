@@ -1,6 +1,8 @@
 """Drop-in layers."""
 
 from .adapter import BottleneckAdapter
+from .bitfit import BitFit
+from .central_gate import CentralGate
 from .compacter import Compacter, PHMLinear
 from .delta import DiffPruningLinear, MaskedLinear, diff_pruning_penalty
 from .fusion import AdapterFusion
@@ -10,7 +12,9 @@ from .prefix import PrefixGate, PrefixTuning
 
 __all__ = [
     "AdapterFusion",
+    "BitFit",
     "BottleneckAdapter",
+    "CentralGate",
     "Compacter",
     "DiffPruningLinear",
     "LoRALinear",

@@ -6,11 +6,12 @@ from .delta import diff_pruning_weight, masked_weight
 from .fusion import adapter_fusion
 from .lora import gated_lora_linear, lora_linear
 from .multi_lora import multi_lora
-from .prefix import prefix_attention, prefix_gate
+from .prefix import central_gate, prefix_attention, prefix_gate
 
 __all__ = [
     "adapter_fusion",
     "bottleneck_adapter",
+    "central_gate",
     "compacter",
     "diff_pruning_weight",
     "gated_lora_linear",

@@ -1,4 +1,4 @@
-"""Attention over a prefix, and the gate of a prefix, by their formulas."""
+"""Attention over a prefix, and UniPELT's gates, by their formulas."""
 
 from __future__ import annotations
 
@@ -49,6 +49,19 @@ def prefix_gate(
     """Mean over the tokens of σ(x weightᵀ + bias): x (B, T, d), weight (g, d) -> (B, g)."""
     scores = x @ weight.mT
     scores = torch.sigmoid(scores if bias is None else scores + bias)
+    return _mean(scores, attention_mask)
+
+
+def central_gate(
+    x: Tensor, weight: Tensor, bias: Tensor | None, attention_mask: Tensor | None = None
+) -> Tensor:
+    """softmax over n of the mean over the tokens of relu(x weightᵀ + bias): weight (n, d) -> (B, n)."""
+    scores = x @ weight.mT
+    scores = torch.relu(scores if bias is None else scores + bias)
+    return torch.softmax(_mean(scores, attention_mask), -1)
+
+
+def _mean(scores: Tensor, attention_mask: Tensor | None) -> Tensor:
     if attention_mask is None:
         return scores.mean(1)
     real = (attention_mask != 0).to(scores.dtype)[..., None]

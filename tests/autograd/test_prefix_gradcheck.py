@@ -29,7 +29,9 @@ def test_gradcheck(mask, gate, shared, device):
     assert torch.autograd.gradcheck(function, leaves)
 
 
-def test_gradcheck_of_the_gate(device):
+@pytest.mark.parametrize("gate", [PF.prefix_gate, PF.central_gate])
+def test_gradcheck_of_the_gates(gate, device):
+    torch.manual_seed(0)
     x, weight, bias = (
         torch.randn(*shape, dtype=torch.float64, device=device, requires_grad=True)
         for shape in ((2, 3, 4), (2, 4), (2,))
@@ -37,7 +39,7 @@ def test_gradcheck_of_the_gate(device):
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]], device=device)
     for given in (None, mask):
         assert torch.autograd.gradcheck(
-            lambda *t, m=given: PF.prefix_gate(*t, attention_mask=m), (x, weight, bias)
+            lambda *t, m=given: gate(*t, attention_mask=m), (x, weight, bias)
         )
 
 

@@ -63,5 +63,6 @@ def test_prefix_attention(changed, error, message):
 )
 def test_prefix_gate(changed, error, message):
     given = {"x": torch.randn(B, L, D), "weight": torch.randn(1, D), "bias": torch.randn(1)}
-    with pytest.raises(error, match=message):
-        PF.prefix_gate(**{**given, **changed})
+    for gate in (PF.prefix_gate, PF.central_gate):
+        with pytest.raises(error, match=message):
+            gate(**{**given, **changed})

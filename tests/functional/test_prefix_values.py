@@ -133,15 +133,17 @@ def test_autocast(dtype, backend, device):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("gates", [1, 2])
-def test_gate(gates, masked, device):
+@pytest.mark.parametrize("name", ["prefix_gate", "central_gate"])
+def test_gate(name, gates, masked, device):
     torch.manual_seed(0)
     x, weight = torch.randn(3, 5, 8, device=device), torch.randn(gates, 8, device=device)
     bias = torch.randn(gates, device=device)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 1, 1, 1]], device=device)
     mask = mask if masked else None
-    gate = PF.prefix_gate(x, weight, bias, attention_mask=mask)
-    exact = reference.prefix_gate(x.double(), weight.double(), bias.double(), mask)
+    function = getattr(PF, name)
+    gate = function(x, weight, bias, attention_mask=mask)
+    exact = getattr(reference, name)(x.double(), weight.double(), bias.double(), mask)
     torch.testing.assert_close(gate.double(), exact, rtol=1e-6, atol=1e-6)
     if masked:  # padding counts for nothing
         x[1, 2:] = 100.0
-        torch.testing.assert_close(PF.prefix_gate(x, weight, bias, attention_mask=mask), gate)
+        torch.testing.assert_close(function(x, weight, bias, attention_mask=mask), gate)

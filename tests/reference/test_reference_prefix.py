@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pelt_fast.reference import prefix_attention, prefix_gate
+from pelt_fast.reference import central_gate, prefix_attention, prefix_gate
 
 # one head of one feature: scores are products
 Q, K, V = [1.0, 2.0], [0.0, math.log(2.0)], [1.0, 4.0]
@@ -51,3 +51,16 @@ def test_gate_is_the_mean_over_all_tokens_or_over_the_real_ones():
     assert prefix_gate(x, weight, bias)[:, 1].tolist() == pytest.approx([0.8, 0.8])
     mask = torch.tensor([[1, 0], [1, 1]])
     assert prefix_gate(x, weight, None, mask)[:, 0].tolist() == pytest.approx([0.5, 0.75])
+
+
+def test_the_central_gate_is_shared_among_submodules():
+    x = torch.tensor([[[0.0], [math.log(3.0)]]], dtype=torch.float64)
+    weight = torch.tensor(
+        [[2.0], [0.0], [-1.0]], dtype=torch.float64
+    )  # relu: ln 3 in the mean, 0, 0
+    assert central_gate(x, weight, None).flatten().tolist() == pytest.approx([0.6, 0.2, 0.2])
+    mask = torch.tensor([[1, 0]])
+    assert central_gate(x, weight, None, mask).flatten().tolist() == pytest.approx([1 / 3] * 3)
+    bias = torch.tensor([0.0, math.log(9.0), 0.0], dtype=torch.float64)
+    shares = central_gate(x, weight, bias, mask).flatten().tolist()
+    assert shares == pytest.approx([1 / 11, 9 / 11, 1 / 11])
