@@ -19,7 +19,7 @@ __all__ = ["Report", "accelerate", "restore"]
 _LIBRARIES = {"peft": "peft.tuners.tuners_utils", "adapters": "adapters.methods.bottleneck"}
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, *, compat: str | None = None) -> Report:
     """Makes the adapters of a PEFT or `adapters` model fast, in place.
 
     In a PEFT model every ``peft.tuners.lora.Linear`` over a plain ``nn.Linear`` or ``Conv1D`` computes
@@ -58,15 +58,23 @@ def accelerate(model: nn.Module) -> Report:
     Args:
         model: a ``PeftModel``, a model after ``adapters.init``, an ``AdapterModel``, or any module
             with layers of these libraries in it.
+        compat: whose semantics the gates of UniPELT have in layers of the `adapters` library. "adapters": the
+            library's, a mean over all tokens, padding included, in place of a LoRA's alpha / r. "paper": the mean over
+            the real tokens of the attention mask, and alpha / r too; a call that only the library can serve raises
+            then. None: what an earlier call said, else "adapters".
 
     Returns:
         What was replaced, and what was not, and why; ``print`` it.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
-        ValueError: there is no layer of either library in ``model``.
+        ValueError: there is no layer of either library in ``model``; ``compat`` is another; it is "paper", and the
+            model has no layer of `adapters`, no attention mask for its gates (encoders with decoders, vision), or
+            gates on layers that are left to the library. Nothing is changed then.
     """
     _check_module(model)
+    if compat not in (None, "adapters", "paper"):
+        raise ValueError(f"compat is {compat!r}; expected 'adapters', 'paper' or None")
     found = [library for library in _imported() if library.has_layers(model)]
     if not found:
         raise ValueError(
@@ -74,8 +82,13 @@ def accelerate(model: nn.Module) -> Report:
             "is nothing to accelerate; expected a model after peft.get_peft_model, "
             "PeftModel.from_pretrained, add_adapter or adapters.init"
         )
-    reports: list[Report] = [library.accelerate(model) for library in found]
-    return functools.reduce(operator.or_, reports)
+    if compat == "paper" and not any(library.__name__.endswith(".adapters") for library in found):
+        raise ValueError(
+            "compat is 'paper', and model has no layer of the adapters library, whose gates it is about"
+        )
+    # adapters first, which may refuse
+    reports: list[Report] = [library.accelerate(model, compat) for library in reversed(found)]
+    return functools.reduce(operator.or_, reversed(reports))
 
 
 def restore(model: nn.Module) -> int:

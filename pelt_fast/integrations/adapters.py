@@ -9,7 +9,13 @@ from adapters.methods.adapter_layer_base import AdapterLayerBase
 from adapters.methods.invertible import InvertibleAdapterLayer
 from torch import nn
 
-from . import adapters_bottleneck, adapters_invertible, adapters_lora, adapters_prefix
+from . import (
+    adapters_bottleneck,
+    adapters_invertible,
+    adapters_lora,
+    adapters_paper,
+    adapters_prefix,
+)
 from .adapters_class import Accelerated, is_fast
 from .obstacles import type_name
 from .report import Report
@@ -29,9 +35,20 @@ def has_layers(model: nn.Module) -> bool:
     return any(isinstance(module, AdapterLayerBase) for module in model.modules())
 
 
-def accelerate(model: nn.Module) -> Report:
+class _Accelerated(list[nn.Module]):
+    """Accelerated layers of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+def accelerate(model: nn.Module, compat: str | None = None) -> Report:
     """Gives every layer that can be served the fast class; see ``pelt_fast.accelerate``."""
-    report = Report(library="adapters")
+    compat = compat or ("paper" if adapters_paper.is_on(model) else "adapters")
+    if compat == "paper":
+        adapters_paper.check(model)
+    report = Report(library="adapters", compat=compat)
     base_dtype = _base_dtype(model)
     for name, module in model.named_modules():
         family = _family(module)
@@ -56,16 +73,25 @@ def accelerate(model: nn.Module) -> Report:
             report.waiting[name] = state
         for kind in () if isinstance(state, str) else state:
             report.kinds[kind] = report.kinds.get(kind, 0) + 1
+    if compat == "adapters":
+        adapters_paper.turn_off(model)
+        return report
+    try:
+        adapters_paper.check_gates(model)
+    except ValueError:
+        _give_back([model.get_submodule(name) for name in report.replaced])
+        raise
+    adapters_paper.turn_on(model)
     return report
 
 
-def accelerated_layers(model: nn.Module) -> list[nn.Module]:
+def accelerated_layers(model: nn.Module) -> _Accelerated:
     """What ``restore`` will restore.
 
     Raises:
         RuntimeError: another library has put its own class over one of them.
     """
-    layers: list[nn.Module] = []
+    layers = _Accelerated(model)
     for name, module in model.named_modules():
         if isinstance(module, Accelerated):
             if not is_fast(module):
@@ -77,8 +103,13 @@ def accelerated_layers(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def restore(layers: list[nn.Module]) -> None:
+def restore(layers: _Accelerated) -> None:
     """Gives accelerated layers the library's class back; see ``pelt_fast.restore``."""
+    adapters_paper.turn_off(layers.model)
+    _give_back(layers)
+
+
+def _give_back(layers: list[nn.Module]) -> None:
     for module in layers:
         assert isinstance(module, Accelerated)
         module.__class__ = module.library_class

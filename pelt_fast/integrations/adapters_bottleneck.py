@@ -19,6 +19,7 @@ from ..nn.fusion_block import FusionSpec, fusion_block
 from .adapters_class import REPORT_TOKENS, Accelerated, fast_class, methods_obstacle
 from .adapters_fusion_operands import fuse_spec, fusion_spec, leave_behind, single_fuse
 from .adapters_operands import adapter_spec, block_spec, core_spec, fuses, single_adapter
+from .adapters_paper import current, refuse
 from .obstacles import dtype_name, mixture_obstacle, type_name
 
 LIBRARY = (BottleneckLayer,)
@@ -53,6 +54,7 @@ class FastBottleneckLayer(Accelerated, BottleneckLayer):
         spec = block_spec(self, hidden_states, residual_input, layer_norm)
         if isinstance(spec, str):
             return super().bottleneck_layer_forward(hidden_states, residual_input, layer_norm)
+        spec = _gated(spec, hidden_states)
         return bottleneck_block(spec, hidden_states, residual_input, layer_norm, training=True)
 
     def compose_single(
@@ -60,13 +62,15 @@ class FastBottleneckLayer(Accelerated, BottleneckLayer):
     ) -> BottleneckState:
         """As the library's, without ``bottleneck_up`` outside a ``Fuse``: nothing else reads it."""
         if isinstance(state, _FuseState):
+            refuse("it is in a Fuse", self.adapters, (adapter_setup,))
             return super().compose_single(adapter_setup, state, lvl)
         x, residual = state.hidden_states, state.adapter_residual
         spec = core_spec(self, adapter_setup, x, residual)
         if isinstance(spec, str):
+            refuse(spec, self.adapters, (adapter_setup,))
             state = super().compose_single(adapter_setup, state, lvl)
             return state._replace(bottleneck_up=None)
-        y = bottleneck_core(spec, x, residual, training=True)
+        y = bottleneck_core(_gated(spec, x), x, residual, training=True)
         return state._replace(hidden_states=y, bottleneck_up=None, last=adapter_setup)
 
     def compose_fuse(
@@ -95,6 +99,12 @@ class FastBottleneckLayer(Accelerated, BottleneckLayer):
         )
         leave_behind(self, setup, attention)
         return y
+
+
+def _gated(spec: BottleneckSpec, x: Tensor) -> BottleneckSpec:
+    """With the paper's mean in the gate, where that is wanted."""
+    paper = None if spec.gate_weight is None else current()
+    return spec if paper is None else spec._replace(token_weight=paper.weights(x))
 
 
 def accelerated_class(library_class: type) -> type:

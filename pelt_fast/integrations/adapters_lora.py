@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..functional import MAX_RANK, explain, gated_lora_linear, lora_linear
 from .adapters_class import REPORT_TOKENS, Accelerated, fast_class, methods_obstacle
 from .adapters_operands import _context_obstacle
+from .adapters_paper import current, refuse
 from .obstacles import (
     LINEAR,
     dtype_name,
@@ -53,6 +54,10 @@ class FastLoRALinear(Accelerated, LoRALinearTorch):
         """As the library's, which runs wherever a call is not served."""
         operands = _operands(self, input_states)
         if isinstance(operands, str):
+            layer: Any = self
+            setup = layer.get_active_setup()
+            if setup is not None:
+                refuse(operands, layer.loras, setup.flatten())
             theirs: Tensor = super().forward(input_states)
             return theirs
         weight, bias, a, b, gate_weight, gate_bias, scaling, dropout_p = operands
@@ -60,9 +65,11 @@ class FastLoRALinear(Accelerated, LoRALinearTorch):
             return lora_linear(
                 input_states, weight, bias, a, b, scaling, dropout_p=dropout_p, training=True
             )
-        gate = (gate_weight, gate_bias)
+        gate, paper = (gate_weight, gate_bias), current()
         return gated_lora_linear(
-            *(input_states, weight, bias, a, b, *gate, scaling),
+            *(input_states, weight, bias, a, b, *gate),
+            1.0 if paper is None else scaling,  # the library has the gate in place of it
+            token_weight=None if paper is None else paper.weights(input_states),
             dropout_p=dropout_p,
             training=True,
         )
@@ -167,7 +174,7 @@ def _read(layer: LoRALinear, lora: LoRA, x: Tensor, autocast: bool) -> _Operands
         return f"its rank is {rank}, above {MAX_RANK}"
     if dropout is not None and (type(dropout) is not nn.Dropout or dropout.inplace):
         return f"its dropout is a {type_name(dropout)}"
-    scaling = 1.0 if lora.use_gating else lora.scaling  # the gate is in its place
+    scaling = lora.scaling
     if not math.isfinite(scaling):
         return f"its scaling is {scaling}"
     return _Operands(

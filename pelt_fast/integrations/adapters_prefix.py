@@ -25,6 +25,7 @@ from ..dispatch import FEW_KEYS
 from ..nn.kept import keep
 from ..nn.prefix import by_layer, for_batch
 from .adapters_class import Accelerated, fast_class, methods_obstacle
+from .adapters_paper import token_mean
 from .deferred import PrefixedMask, PrefixedStates
 from .obstacles import LINEAR, dtype_name, module_obstacle, parameter, type_name
 
@@ -103,7 +104,7 @@ class FastPrefixTuningLayer(Accelerated, PrefixTuningLayer):
         if part is not None and (part.start < len(keys) or part.start == part.stop == len(keys)):
             keys, values = keys[part], values[part]
         if name in layer.prefix_gates:
-            gate = torch.sigmoid(layer.prefix_gates[name](state.residual_input)).mean(1)
+            gate = token_mean(torch.sigmoid(layer.prefix_gates[name](state.residual_input)))
             layer._store_gating_score(name, gate)
             keys = keys * gate[:, 0].view(-1, 1, 1, 1)
             values = values * gate[:, -1].view(-1, 1, 1, 1)

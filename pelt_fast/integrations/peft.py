@@ -120,8 +120,8 @@ def has_layers(model: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
-def accelerate(model: nn.Module) -> Report:
-    """Gives every LoRA linear that can be served the fast class; see ``pelt_fast.accelerate``."""
+def accelerate(model: nn.Module, compat: str | None = None) -> Report:
+    """Gives every LoRA linear that can be served the fast class; see ``pelt_fast.accelerate``. PEFT has no gates."""
     report = Report(library="PEFT")
     inside_attention: set[nn.Module] = set()
     for name, module in model.named_modules():

@@ -22,6 +22,7 @@ class Report:
             called again, tells the state of that moment.
         kinds: how many of the other layers there are of each shape, dtype and choice of backends; of
             a layer in which several adapters act at once, each adapter counts.
+        compat: whose semantics the gates of the `adapters` library's layers have; None: there are no such layers.
     """
 
     library: str
@@ -30,6 +31,7 @@ class Report:
     left: dict[str, str] = field(default_factory=dict)
     waiting: dict[str, str] = field(default_factory=dict)
     kinds: dict[str, int] = field(default_factory=dict)
+    compat: str | None = None
 
     def __or__(self, other: Report) -> Report:
         """Of one model with the layers of two libraries."""
@@ -40,6 +42,7 @@ class Report:
             self.left | other.left,
             self.waiting | other.waiting,
             self.kinds | other.kinds,
+            self.compat or other.compat,
         )
 
     def __str__(self) -> str:
@@ -47,6 +50,12 @@ class Report:
         lines = [f"pelt_fast: {len(self.replaced)} of {total} {self.library} layers replaced"]
         if self.already:
             lines[0] += f", {len(self.already)} had been already"
+        if self.compat == "paper":
+            lines[0] += (
+                ", compat='paper': gates are means over real tokens, gated LoRA keeps alpha / r"
+            )
+        elif self.compat is not None:
+            lines[0] += f", compat={self.compat!r}"
         lines += [f"  {count} x {kind}" for kind, count in self.kinds.items()]
         lines += _by_reason(
             f"replaced, but as the layers stand {self.library} computes", self.waiting

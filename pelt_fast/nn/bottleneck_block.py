@@ -62,6 +62,9 @@ class BottleneckSpec(NamedTuple):
     original_ln_after: bool = True
     residual_before_ln: bool | str = True  # or "post_add"
     adapter_residual_before_ln: bool = False
+    token_weight: Tensor | None = (
+        None  # (batch, tokens): of the gate's mean; None: all count the same
+    )
 
 
 def bottleneck_block(
@@ -125,14 +128,18 @@ def bottleneck_core(
 
 
 def adapter_gate(spec: BottleneckSpec, x: Tensor) -> Tensor | None:
-    """mean over the tokens, padding included, of σ(w·x + b): x (B, T, d) -> (B, 1, 1). None without a gate."""
+    """Mean over the tokens of σ(w·x + b), by weights or of all: x (B, T, d) -> (B, 1, 1). None without a gate."""
     if spec.gate_weight is None:
         return None
     bias = spec.gate_bias
     score = nn.functional.linear(
         x, spec.gate_weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     )
-    return torch.sigmoid(score).mean(dim=1).unsqueeze(-1)
+    gates = torch.sigmoid(score)
+    if spec.token_weight is None:
+        return gates.mean(dim=1).unsqueeze(-1)
+    mean = (gates * spec.token_weight.unsqueeze(-1)).sum(dim=1)
+    return mean.unsqueeze(-1).to(score.dtype)
 
 
 def resolve_activation(name: str) -> Activation:

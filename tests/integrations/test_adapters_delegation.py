@@ -68,7 +68,7 @@ def test_the_plain_layer_is_served(states, fused) -> None:
     layer = one_layer()
     expected = layer.bottleneck_layer_forward(*states)
     report = pelt_fast.accelerate(layer)
-    assert report == Report(library="adapters", replaced=[""], kinds=report.kinds)
+    assert report == Report("adapters", replaced=[""], kinds=report.kinds, compat="adapters")
     assert list(report.kinds.values()) == [1]
     assert "32 -> 8, sequential, gelu, gated, float32 over float32, T = 2048" in str(report)
     assert_equal_but_for_rounding(layer.bottleneck_layer_forward(*states), expected)
