@@ -19,6 +19,7 @@ __all__ = [
     "add_unipelt",
     "explain",
     "functional",
+    "mixed_batch",
     "nn",
     "restore",
     "unipelt_config",
@@ -29,7 +30,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # the integrations need transformers or PEFT only when they are called; the import of the package must not
-    if name in ("accelerate", "restore"):
+    if name in ("accelerate", "mixed_batch", "restore"):
         from . import integrations
 
         return getattr(integrations, name)

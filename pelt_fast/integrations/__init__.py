@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import operator
 import sys
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
 from .report import Report
 
-__all__ = ["Report", "accelerate", "restore"]
+__all__ = ["Report", "accelerate", "mixed_batch", "restore"]
 
 # modules of this package, and where the layers that they serve are defined: a model can have such a
 # layer only if somebody has imported that
@@ -110,6 +113,47 @@ def restore(model: nn.Module) -> int:
     for library, accelerated in layers:
         library.restore(accelerated)
     return sum(len(accelerated) for _, accelerated in layers)
+
+
+def mixed_batch(model: nn.Module, setups: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Within the block each sample of an accelerated `adapters` model has a setup of its own, of any method.
+
+    ``with pelt_fast.mixed_batch(model, ["lora", Fuse("a", "b"), "unipelt", None]): loss = model(**batch).loss``, and
+    ``loss.backward()`` inside or outside of the block, gives each sample what ``set_active_adapters(setup)`` gives it
+    alone, at the same padded length: LoRA, bottleneck adapters of all forms (Compacter and parallel ones too),
+    fusion, prefixes of any lengths, invertible adapters, unions of them (UniPELT, MAM) and none, in any order, each
+    setup as often as one likes. LoRA of all samples is one ``multi_lora``; other layers compute the samples setup by
+    setup. Dropout acts on each sample as alone, with other draws. An adapter that no sample names gets no gradient
+    (None, not zeros). What trains is what requires a gradient: ``model.train_adapter(Stack("a", "b"))`` makes several
+    adapters train at once.
+
+    Nothing is stored on the model: active adapters, heads and modes are as they were, and within the block other
+    threads do not see it. The model's own gradient checkpointing remembers the batch. ``model.generate`` takes one
+    setup for each sequence that the model computes; an encoder-decoder searches without beams. The block is for this
+    model: another accelerated one raises an error in it.
+
+    Args:
+        model: a model of the `adapters` library after ``pelt_fast.accelerate``, itself.
+        setups: one for each sample of the batches within the block: the name of an adapter, a ``Stack``, ``Fuse``,
+            ``Average`` or ``Split`` of the library, or None, the model without adapters.
+
+    Raises:
+        TypeError: an argument is of a wrong type.
+        ValueError: the model is not accelerated; an adapter or a fusion is unknown; a setup acts on whole batches
+            (``Parallel``, ``BatchSplit``), has prompt tuning, ReFT or a head of its own, or acts on a layer that was
+            left to the library; prefixes of different lengths in a model that cannot mask them. In a forward: the
+            number of samples is not that of the setups, or gating scores or fusion's attentions are asked for.
+    """
+    _check_module(model)
+    library = next((lib for lib in _imported() if lib.__name__.endswith(".adapters")), None)
+    if library is None or not library.has_layers(model):
+        raise ValueError(
+            f"model ({type(model).__name__}) has no layer of the adapters library; expected a model after "
+            "adapters.init (a PEFT model takes adapter_names=[...] in its call)"
+        )
+    checks = importlib.import_module(".adapters_mixed_checks", __name__)
+    setup: contextlib.AbstractContextManager[Any] = checks.mixed_setup(model, setups)
+    return setup
 
 
 def _imported() -> list[ModuleType]:

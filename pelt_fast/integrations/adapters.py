@@ -16,9 +16,11 @@ from . import (
     adapters_paper,
     adapters_prefix,
 )
-from .adapters_class import Accelerated, is_fast
+from .adapters_class import Accelerated, is_fast, is_served
+from .adapters_grouped import group
 from .obstacles import type_name
 from .report import Report
+from .stacked_lora import forget
 
 FAMILIES: tuple[ModuleType, ...] = (
     adapters_bottleneck,
@@ -36,11 +38,12 @@ def has_layers(model: nn.Module) -> bool:
 
 
 class _Accelerated(list[nn.Module]):
-    """Accelerated layers of a model."""
+    """Accelerated layers of a model; those that are so in mixed batches alone do not count."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.grouped: list[nn.Module] = []
 
 
 def accelerate(model: nn.Module, compat: str | None = None) -> Report:
@@ -50,13 +53,16 @@ def accelerate(model: nn.Module, compat: str | None = None) -> Report:
         adapters_paper.check(model)
     report = Report(library="adapters", compat=compat)
     base_dtype = _base_dtype(model)
+    grouped: list[nn.Module] = []
     for name, module in model.named_modules():
+        if group(module):
+            grouped.append(module)
         family = _family(module)
         if family is None:
             reason = _other_method(module)
         elif not family.concerns(module):
             continue
-        elif isinstance(module, Accelerated):
+        elif is_served(module):
             reason = None
             report.already.append(name)
         else:
@@ -79,7 +85,7 @@ def accelerate(model: nn.Module, compat: str | None = None) -> Report:
     try:
         adapters_paper.check_gates(model)
     except ValueError:
-        _give_back([model.get_submodule(name) for name in report.replaced])
+        _give_back([*grouped, *(model.get_submodule(name) for name in report.replaced)])
         raise
     adapters_paper.turn_on(model)
     return report
@@ -99,19 +105,20 @@ def accelerated_layers(model: nn.Module) -> _Accelerated:
                     f"cannot restore {name!r}: another library has since made it a "
                     f"{type_name(module)}; undo that first"
                 )
-            layers.append(module)
+            (layers if is_served(module) else layers.grouped).append(module)
     return layers
 
 
 def restore(layers: _Accelerated) -> None:
     """Gives accelerated layers the library's class back; see ``pelt_fast.restore``."""
     adapters_paper.turn_off(layers.model)
-    _give_back(layers)
+    _give_back([*layers, *layers.grouped])
 
 
 def _give_back(layers: list[nn.Module]) -> None:
     for module in layers:
         assert isinstance(module, Accelerated)
+        forget(module)
         module.__class__ = module.library_class
 
 

@@ -18,6 +18,7 @@ from ..nn.bottleneck_block import BottleneckSpec, bottleneck_block, bottleneck_c
 from ..nn.fusion_block import FusionSpec, fusion_block
 from .adapters_class import REPORT_TOKENS, Accelerated, fast_class, methods_obstacle
 from .adapters_fusion_operands import fuse_spec, fusion_spec, leave_behind, single_fuse
+from .adapters_mixed import by_setup, check_recomputed, mixed_batch_at
 from .adapters_operands import adapter_spec, block_spec, core_spec, fuses, single_adapter
 from .adapters_paper import current, refuse
 from .obstacles import dtype_name, mixture_obstacle, type_name
@@ -45,6 +46,7 @@ class FastBottleneckLayer(Accelerated, BottleneckLayer):
         self, hidden_states: Tensor, residual_input: Tensor | None, layer_norm: nn.Module | None
     ) -> Tensor:
         """As the library's, which runs wherever a call is not served."""
+        check_recomputed(self)
         fuse = single_fuse(self)
         if fuse is not None:
             fusion = fusion_spec(self, fuse, hidden_states, residual_input, layer_norm)
@@ -53,6 +55,12 @@ class FastBottleneckLayer(Accelerated, BottleneckLayer):
             return super().bottleneck_layer_forward(hidden_states, residual_input, layer_norm)
         spec = block_spec(self, hidden_states, residual_input, layer_norm)
         if isinstance(spec, str):
+            batch = mixed_batch_at(self)
+            if batch is not None:
+                return by_setup(
+                    *(self, batch, lambda o, x: self.bottleneck_layer_forward(o, x, layer_norm)),
+                    *(hidden_states, residual_input),
+                )
             return super().bottleneck_layer_forward(hidden_states, residual_input, layer_norm)
         spec = _gated(spec, hidden_states)
         return bottleneck_block(spec, hidden_states, residual_input, layer_norm, training=True)

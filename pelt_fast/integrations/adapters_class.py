@@ -20,6 +20,8 @@ class Accelerated(nn.Module):
     """A fast layer; comes before the library's class. ``fast_class`` makes subclasses."""
 
     library_class: type
+    serves = True
+    """Whether it computes anything but mixed batches."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made at run time, so that a pickle names the library's in its place
@@ -43,6 +45,17 @@ def fast_class(mixin: type, library_class: type) -> type:
 def is_fast(module: nn.Module) -> bool:
     """Whether the module's class is one of ``fast_class``, and not another library's over it."""
     return "library_class" in type(module).__dict__
+
+
+def is_served(module: nn.Module) -> bool:
+    """Whether the module computes itself what is not a mixed batch."""
+    return isinstance(module, Accelerated) and module.serves
+
+
+def library_type(module: nn.Module) -> type:
+    """The library's class of a module, whether it has a fast one or not."""
+    found: type = getattr(type(module), "library_class", type(module))
+    return found
 
 
 def methods_obstacle(layer: nn.Module, library: type, methods: tuple[str, ...]) -> str | None:

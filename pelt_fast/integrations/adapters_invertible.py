@@ -12,12 +12,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from adapters.context import AdapterSetup
 from adapters.methods.modeling import GLOWCouplingBlock, NICECouplingBlock
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..functional import bottleneck_adapter, explain
 from .adapters_class import REPORT_TOKENS, Accelerated, fast_class, methods_obstacle
+from .adapters_mixed import MixedBatch, by_setup, mixed_batch_now
 from .adapters_operands import kernel_activation
 from .obstacles import (
     LINEAR,
@@ -39,6 +41,9 @@ class FastCoupling(Accelerated, NICECouplingBlock):
 
     def forward(self, x: Tensor, c: Any = (), rev: bool = False) -> Tensor:
         """As the library's, which runs wherever a call is not served."""
+        batch = mixed_batch_now()
+        if batch is not None:
+            return _of_each(batch, x, rev)
         subnets = _subnets(self, x)
         if isinstance(subnets, str) or len(c):
             y: Tensor = super().forward(x, list(c), rev)
@@ -52,6 +57,24 @@ class FastCoupling(Accelerated, NICECouplingBlock):
             y1 = f(x2, x1, 1.0)
             y2 = g(y1, x2, 1.0)
         return torch.cat((y1, y2), -1)
+
+
+class _Couplings(NamedTuple):
+    """The invertible adapters of a model, as a layer has them."""
+
+    adapter_modules: dict[str, nn.Module]
+
+
+def _of_each(batch: MixedBatch, x: Tensor, rev: bool) -> Tensor:
+    """Each sample through the coupling of its own setup: the library calls one, for all samples."""
+
+    def compute(part: Tensor) -> Tensor:
+        setup = AdapterSetup.get_context_adapter_setup()
+        coupling = None if setup is None else batch.couplings.get(setup.first())
+        y: Tensor = part if coupling is None else coupling(part, rev=rev)
+        return y
+
+    return by_setup(_Couplings(batch.couplings), batch, compute, x)
 
 
 class _Subnet(NamedTuple):

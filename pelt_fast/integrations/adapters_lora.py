@@ -1,11 +1,13 @@
 """The library's LoRA linears compute with ``functional.lora_linear``, gated ones with ``gated_lora_linear``.
 
-The fast class differs in ``forward``. Served is one LoRA that acts alone; what several make of each other (a ``Stack``
-multiplies them, ``BatchSplit`` deals out samples), DoRA, VeRA, IA³ and multi-task LoRA are the library's.
+The fast class differs in ``forward``. Served is one LoRA that acts alone, on all samples or, within
+``pelt_fast.mixed_batch``, on each its own; what several make of each other (a ``Stack`` multiplies them, ``BatchSplit``
+deals out samples), DoRA, VeRA, IA³ and multi-task LoRA are the library's.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -14,7 +16,9 @@ from adapters.methods.lora import LoRA, LoRALayer, LoRALinear, LoRALinearTorch
 from torch import Tensor, nn
 
 from ..functional import MAX_RANK, explain, gated_lora_linear, lora_linear
-from .adapters_class import REPORT_TOKENS, Accelerated, fast_class, methods_obstacle
+from .adapters_class import REPORT_TOKENS, Accelerated, fast_class, library_type, methods_obstacle
+from .adapters_mixed import check_recomputed, mixed_batch_at
+from .adapters_mixed_lora import mixed_lora
 from .adapters_operands import _context_obstacle
 from .adapters_paper import current, refuse
 from .obstacles import (
@@ -28,6 +32,7 @@ from .obstacles import (
     tensor_obstacle,
     type_name,
 )
+from .stacked_lora import forget_trained
 
 LIBRARY = (LoRALayer,)
 # of the library, which a subclass could have replaced and the fast layer would pass by
@@ -45,6 +50,7 @@ class _Operands(NamedTuple):
     gate_bias: Tensor | None
     scaling: float
     dropout_p: float
+    name: str
 
 
 class FastLoRALinear(Accelerated, LoRALinearTorch):
@@ -53,14 +59,20 @@ class FastLoRALinear(Accelerated, LoRALinearTorch):
     def forward(self, input_states: Tensor) -> Tensor:
         """As the library's, which runs wherever a call is not served."""
         operands = _operands(self, input_states)
+        check_recomputed(self)
         if isinstance(operands, str):
+            batch = mixed_batch_at(self)
+            if batch is not None:
+                return mixed_lora(self, batch, input_states, functools.partial(_operands_of, self))
             layer: Any = self
             setup = layer.get_active_setup()
             if setup is not None:
                 refuse(operands, layer.loras, setup.flatten())
             theirs: Tensor = super().forward(input_states)
             return theirs
-        weight, bias, a, b, gate_weight, gate_bias, scaling, dropout_p = operands
+        if not torch.compiler.is_compiling():
+            forget_trained(self)
+        weight, bias, a, b, gate_weight, gate_bias, scaling, dropout_p, _ = operands
         if gate_weight is None:
             return lora_linear(
                 input_states, weight, bias, a, b, scaling, dropout_p=dropout_p, training=True
@@ -87,8 +99,8 @@ def concerns(layer: LoRALayer) -> bool:
 
 def why_left(layer: LoRALayer) -> str | None:
     """Why the layer keeps the library's class."""
-    if type(layer) is not LoRALinearTorch:
-        return f"it is a {type_name(layer)}"
+    if library_type(layer) is not LoRALinearTorch:
+        return f"it is a {library_type(layer).__name__}"
     return methods_obstacle(layer, LoRALinear, _METHODS)
 
 
@@ -100,7 +112,7 @@ def describe(layer: LoRALinear, base_dtype: torch.dtype | None) -> list[str] | s
     operands = _operands(layer, x)
     if isinstance(operands, str):
         return operands
-    weight, bias, a, b, gate_weight, gate_bias, scaling, dropout_p = operands
+    weight, bias, a, b, gate_weight, gate_bias, scaling, dropout_p, _ = operands
     settings: dict[str, Any] = {"dropout_p": dropout_p, "training": True}
     if gate_weight is None:
         explanation = explain("lora_linear", x, weight, bias, a, b, scaling, **settings)
@@ -120,11 +132,16 @@ def describe(layer: LoRALinear, base_dtype: torch.dtype | None) -> list[str] | s
 
 def _operands(layer: LoRALinear, x: Any) -> _Operands | str:
     """The one LoRA that acts on this call, or the reason why the library's forward must run."""
-    if layer.merged:
-        return f"adapter {layer.merged!r} is merged"
     setup = layer.get_active_setup()
     if setup is None:
         return "the active adapters are not on this layer"
+    return _operands_of(layer, setup, x)
+
+
+def _operands_of(layer: LoRALinear, setup: Any, x: Any) -> _Operands | str:
+    """The same of a setup that acts on this layer."""
+    if layer.merged:
+        return f"adapter {layer.merged!r} is merged"
     loras = layer._modules["loras"]._modules
     if type(setup).__name__ != "Stack":
         return f"its adapters are in a {type_name(setup)}"
@@ -141,11 +158,11 @@ def _operands(layer: LoRALinear, x: Any) -> _Operands | str:
         _context_obstacle()
         or input_obstacle(x, autocast)
         or module_obstacle(lora, (LoRA.forward,), "its LoRA")
-        or _read(layer, lora, x, autocast)
+        or _read(layer, lora, here[0], x, autocast)
     )
 
 
-def _read(layer: LoRALinear, lora: LoRA, x: Tensor, autocast: bool) -> _Operands | str:
+def _read(layer: LoRALinear, lora: LoRA, name: str, x: Tensor, autocast: bool) -> _Operands | str:
     weight, bias = parameter(layer, "weight"), parameter(layer, "bias")
     a, b = parameter(lora, "lora_A"), parameter(lora, "lora_B")
     gate_weight = gate_bias = None
@@ -186,4 +203,5 @@ def _read(layer: LoRALinear, lora: LoRA, x: Tensor, autocast: bool) -> _Operands
         gate_bias,
         scaling,
         dropout.p if dropout is not None and dropout.training else 0.0,
+        name,
     )

@@ -8,6 +8,7 @@ activation checkpointing runs a part of the forward once more.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
@@ -20,7 +21,7 @@ from adapters.methods.adapter_layer_base import AdapterLayerBase
 from adapters.model_mixin import ModelBaseAdaptersMixin, ModelUsingSubmodelsAdaptersMixin
 from torch import Tensor, nn
 
-from .adapters_class import Accelerated
+from .adapters_class import is_served
 from .obstacles import type_name
 
 _ATTRIBUTE = "pelt_fast_tokens"  # of the library's context
@@ -32,6 +33,15 @@ class Tokens:
     def __init__(self, owner: nn.Module, mask: Any, outer: Tokens | None) -> None:
         self.owner, self.mask, self.outer = owner, mask, outer
         self._weights: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
+        self._parts: dict[tuple[int, ...], Tokens] = {}
+
+    def part(self, samples: tuple[int, ...]) -> Tokens:
+        """Of some samples of the batch."""
+        if not isinstance(self.mask, Tensor):
+            return self
+        if samples not in self._parts:
+            self._parts[samples] = Tokens(self.owner, self.mask[list(samples)], None)
+        return self._parts[samples]
 
     def weights(self, x: Tensor) -> Tensor | None:
         """(rows, T): what each token of x (rows, T, d) counts in its sample's mean; None: all the same.
@@ -82,6 +92,20 @@ def current() -> Tokens | None:
         if found is not None and context is not None:
             setattr(context, _ATTRIBUTE, found)
     return found
+
+
+@contextlib.contextmanager
+def tokens_of(samples: tuple[int, ...]) -> Iterator[None]:
+    """Within the block the batch is these samples of it: a group of a mixed batch."""
+    context, tokens = ForwardContext.get_context(), current()
+    if context is None or tokens is None:
+        yield
+        return
+    setattr(context, _ATTRIBUTE, tokens.part(samples))
+    try:
+        yield
+    finally:
+        setattr(context, _ATTRIBUTE, tokens)
 
 
 def token_mean(scores: Tensor) -> Tensor:
@@ -152,9 +176,7 @@ def check_gates(model: nn.Module) -> None:
     names = [
         f"{name} ({type_name(module)})"
         for name, module in model.named_modules()
-        if isinstance(module, AdapterLayerBase)
-        and not isinstance(module, Accelerated)
-        and _gated(module)
+        if isinstance(module, AdapterLayerBase) and not is_served(module) and _gated(module)
     ]
     if names:
         raise ValueError(

@@ -25,6 +25,8 @@ from ..dispatch import FEW_KEYS
 from ..nn.kept import keep
 from ..nn.prefix import by_layer, for_batch
 from .adapters_class import Accelerated, fast_class, methods_obstacle
+from .adapters_mixed import mixed_batch_at
+from .adapters_mixed_prefix import mixed_prefix
 from .adapters_paper import token_mean
 from .deferred import PrefixedMask, PrefixedStates
 from .obstacles import LINEAR, dtype_name, module_obstacle, parameter, type_name
@@ -66,7 +68,8 @@ class FastPrefixTuningLayer(Accelerated, PrefixTuningLayer):
         layer: Any = self
         setup = layer.get_active_setup()
         name = None if setup is None else _single(self, setup)
-        if name is None:
+        batch = None if name is not None else mixed_batch_at(self)
+        if name is None and batch is None:
             states: tuple[Tensor, Tensor, Tensor | None] = super().forward(
                 key_states, value_states, residual_input, attention_mask, invert_mask
             )
@@ -74,7 +77,10 @@ class FastPrefixTuningLayer(Accelerated, PrefixTuningLayer):
         state = PrefixTuningState(
             key_states, value_states, residual_input, attention_mask, invert_mask
         )
-        state = self.compose_single(name, state)
+        if name is not None:
+            state = self.compose_single(name, state)
+        elif batch is not None:
+            state = mixed_prefix(self, batch, state)
         return state.key_states, state.value_states, state.attention_mask
 
     def compose_single(
@@ -99,9 +105,11 @@ class FastPrefixTuningLayer(Accelerated, PrefixTuningLayer):
         layer: Any = self
         states = ForwardContext.get_context().prefix_states[name][layer.location_key]
         keys, values = states[layer.prefixes[name]]
-        part = state.idx_slice
         # slices past the end are those of Parallel, whose states are repeated; empty ones stay empty
-        if part is not None and (part.start < len(keys) or part.start == part.stop == len(keys)):
+        part = state.idx_slice  # a tensor: the samples of a group
+        if isinstance(part, Tensor) or (
+            part is not None and (part.start < len(keys) or part.start == part.stop == len(keys))
+        ):
             keys, values = keys[part], values[part]
         if name in layer.prefix_gates:
             gate = token_mean(torch.sigmoid(layer.prefix_gates[name](state.residual_input)))

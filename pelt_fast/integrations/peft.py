@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from ..functional import explain, lora_linear, multi_lora
 from .obstacles import dtype_name, type_name
-from .peft_mixed import forget, forget_trained, mixed_operands, recomputed_names, remembered
+from .peft_mixed import mixed_operands, recomputed_names, remembered
 from .peft_operands import Operands, kind_obstacle, operands
 from .report import Report
+from .stacked_lora import forget, forget_trained
 
 _REPORT_TOKENS = 2048  # for how many tokens a report names the backends
 _IN_TRAINING = "Cannot pass `adapter_names` when the model is in training mode."  # PEFT's words

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pelt_fast
 from pelt_fast.integrations import peft as integration
-from pelt_fast.integrations import peft_mixed
+from pelt_fast.integrations import stacked_lora
 
 from .parity import AUTOCAST, BF16, FP32, Precision, Results, assert_as_accurate, gradients, pairs
 
@@ -82,13 +82,13 @@ def mixed(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 def stacks(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """One entry for every stack that was made."""
     made: list[None] = []
-    original = peft_mixed._make
+    original = stacked_lora._make
 
     def spy(*args: Any) -> Any:
         made.append(None)
         return original(*args)
 
-    monkeypatch.setattr(peft_mixed, "_make", spy)
+    monkeypatch.setattr(stacked_lora, "_make", spy)
     return made
 
 
@@ -331,7 +331,7 @@ def test_stacks_and_plans_are_made_once(
         original(*args, **kwargs)
 
     monkeypatch.setattr(pelt_fast.MultiAdapterPlan, "__init__", spy)
-    peft_mixed._plan.cache_clear()
+    stacked_lora.plan_of.cache_clear()
     fast, batch = accelerated(make_mixed("llama").eval()), batch_of(architectures["llama"])
     with torch.inference_mode():
         fast(**batch, adapter_names=NAMES)
@@ -508,7 +508,7 @@ def test_restore(make_mixed, architectures, accelerated, mixed) -> None:
     calls = len(mixed)
     assert pelt_fast.restore(fast) == 13
     assert [type(m) for m in fast.modules()] == [type(m) for m in plain.modules()]
-    assert not any(layer in peft_mixed._kept for layer in layers_of(fast))
+    assert not any(layer in stacked_lora._kept for layer in layers_of(fast))
     with torch.no_grad():
         assert torch.equal(fast(**batch, adapter_names=NAMES).logits, expected)
     assert len(mixed) == calls
