@@ -32,7 +32,8 @@ def accelerate(model: nn.Module, *, compat: str | None = None) -> Report:
     ``model.set_requires_grad(["a", "b"])``, and accelerate the ``PeftModel`` itself, not a part of it. If the
     model has other PEFT modules (embeddings, ``modules_to_save``), training raises PEFT's error. In eval
     the adapters of the batch are stacked once and again when they change; on a GPU a write through
-    ``parameter.data`` in place is not noticed. In a model of the `adapters` library every
+    ``parameter.data`` in place is not noticed. The MLP of a prefix (``PrefixTuningConfig`` with
+    ``prefix_projection``) runs once for all samples. In a model of the `adapters` library every
     bottleneck layer computes with ``pelt_fast.functional.bottleneck_adapter``: one adapter together
     with the residuals and the layernorm around it, several of a composition (``Stack``, ``Split``,
     ``Parallel``, ``BatchSplit``, ``Average``) one by one, a ``Fuse`` of plain adapters in

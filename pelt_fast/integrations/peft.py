@@ -16,14 +16,17 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora import layer as lora
+from peft.tuners.prefix_tuning import PrefixEncoder
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..functional import explain, lora_linear, multi_lora
+from . import peft_prefix
 from .obstacles import dtype_name, type_name
 from .peft_mixed import mixed_operands, recomputed_names, remembered
 from .peft_operands import Operands, kind_obstacle, operands
+from .peft_prefix import AcceleratedPrefixEncoder
 from .report import Report
 from .stacked_lora import forget, forget_trained
 
@@ -108,6 +111,9 @@ class AcceleratedModel(LoraModel):
         return frozenset(layers)
 
 
+_FAST = (AcceleratedLinear, AcceleratedModel, AcceleratedPrefixEncoder)
+
+
 class _Accelerated(list[nn.Module]):
     """Accelerated layers, and the models around them, which do not count."""
 
@@ -118,7 +124,8 @@ class _Accelerated(list[nn.Module]):
 
 def has_layers(model: nn.Module) -> bool:
     """Whether there is any layer of PEFT's in the model."""
-    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    kinds = (BaseTunerLayer, peft_prefix.ENCODERS)
+    return any(isinstance(module, kinds) for module in model.modules())
 
 
 def accelerate(model: nn.Module, compat: str | None = None) -> Report:
@@ -130,6 +137,9 @@ def accelerate(model: nn.Module, compat: str | None = None) -> Report:
             inside_attention.update(module.modules())
         if type(module) is LoraModel:
             module.__class__ = AcceleratedModel
+        if isinstance(module, peft_prefix.ENCODERS):
+            _accelerate_encoder(name, module, report)
+            continue
         if isinstance(module, AcceleratedLinear):
             report.already.append(name)
         elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
@@ -151,6 +161,24 @@ def accelerate(model: nn.Module, compat: str | None = None) -> Report:
     return report
 
 
+def _accelerate_encoder(name: str, module: nn.Module, report: Report) -> None:
+    """Of the prefix, or of what else PEFT puts in front of a sequence."""
+    if isinstance(module, AcceleratedPrefixEncoder):
+        report.already.append(name)
+    else:
+        reason = peft_prefix.why_left(module)
+        if reason is not None:
+            report.left[name] = reason
+            return
+        module.__class__ = AcceleratedPrefixEncoder
+        report.replaced.append(name)
+    found = peft_prefix.obstacle(module)
+    if found is not None:
+        report.waiting[name] = found
+    else:
+        report.kinds[peft_prefix.describe(module)] = 1
+
+
 def accelerated_layers(model: nn.Module) -> list[nn.Module]:
     """What ``restore`` will restore.
 
@@ -159,13 +187,13 @@ def accelerated_layers(model: nn.Module) -> list[nn.Module]:
     """
     found = _Accelerated()
     for name, module in model.named_modules():
-        if isinstance(module, (AcceleratedLinear, AcceleratedModel)):
-            if type(module) not in (AcceleratedLinear, AcceleratedModel):
+        if isinstance(module, _FAST):
+            if type(module) not in _FAST:
                 raise RuntimeError(
                     f"cannot restore {name!r}: another library has since made it a "
                     f"{type(module).__name__}; undo that first"
                 )
-            (found if isinstance(module, AcceleratedLinear) else found.models).append(module)
+            (found.models if isinstance(module, AcceleratedModel) else found).append(module)
     return found
 
 
@@ -174,6 +202,9 @@ def restore(layers: list[nn.Module]) -> None:
     for module in layers.models if isinstance(layers, _Accelerated) else ():
         module.__class__ = LoraModel
     for module in layers:
+        if isinstance(module, AcceleratedPrefixEncoder):
+            module.__class__ = PrefixEncoder
+            continue
         forget(module)
         module.__class__ = lora.Linear
         _rebind_forward(module, AcceleratedLinear.forward, lora.Linear.forward)
