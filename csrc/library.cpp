@@ -218,6 +218,20 @@ auto adapter_fusion_bwd(const at::Tensor& dy, const at::Tensor& q, const at::Ten
                                        PELT_FUSION_TENSORS, PELT_FUSION_SETTINGS, needs);
 }
 
+py::object ordinary_fusion(const at::Tensor& down, const pelt_fast::OptionalTensor& down_bias,
+                           const at::Tensor& score, const pelt_fast::OptionalTensor& score_bias,
+                           const at::Tensor& value, const std::vector<int64_t>& widths,
+                           py::handle x, py::handle query, const std::string& activation,
+                           py::handle temperature, py::handle residual, py::handle skip,
+                           py::handle pre_weight, py::handle pre_bias, py::handle pre_eps,
+                           py::handle ln_weight, py::handle ln_bias, py::handle eps,
+                           py::handle dropout_p, bool training) {
+  return pelt_fast::ordinary_fusion(
+      {down, down_bias, score, score_bias, value},
+      {x, query, activation, widths, temperature, residual, skip, pre_weight, pre_bias, pre_eps,
+       ln_weight, ln_bias, eps, dropout_p, training});
+}
+
 // What both directions of batched multi-LoRA take.
 #define PELT_MULTI_ARGUMENTS                                                                 \
   const std::vector<at::Tensor>&lora_a, const std::vector<at::Tensor>&lora_b,                \
@@ -275,6 +289,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("ordinary_lora_linear", &pelt_fast::ordinary_lora_linear);
   m.def("ordinary_adapter", &ordinary_adapter);
   m.def("ordinary_compacter", &ordinary_compacter);
+  m.def("ordinary_fusion", &ordinary_fusion);
   m.def("ordinary_gated_lora_linear", &pelt_fast::ordinary_gated_lora_linear);
   m.def("prefix_attention", &pelt_fast::prefix_attention, release());
   m.def(

@@ -16,6 +16,7 @@
 #include "check.h"
 #include "cpu/adapter.h"
 #include "cpu/compacter.h"
+#include "cpu/fusion.h"
 #include "cpu/gated_lora.h"
 #include "cpu/lora.h"
 #include "cpu/shape.h"
@@ -276,6 +277,31 @@ py::object ordinary_gated_lora_linear(py::handle x, py::handle weight, py::handl
 
 namespace {
 
+// At most one more tensor of x's size, and where it and x are added: `terms` of
+// functional/adapter_checks.py.
+struct Terms {
+  OptionalTensor other;
+  py::handle given; // the same in Python
+  bool skip_in, residual_x = false, residual_skip = false;
+
+  Terms(Reader& reader, py::handle x, py::handle residual, py::handle skip)
+      : given(skip), skip_in(!skip.is_none()) {
+    for (py::handle r : residual.is_none() ? std::vector<py::handle>() : several(residual)) {
+      if (r.is_none()) {
+        reader.refuse();
+      } else if (r.ptr() == x.ptr()) {
+        reader.expect(!residual_x);
+        residual_x = true;
+      } else {
+        reader.expect(!residual_skip && (given.is_none() || given.ptr() == r.ptr()));
+        given = r;
+        residual_skip = true;
+      }
+    }
+    if (!given.is_none()) other = reader.like_x(given);
+  }
+};
+
 // All arguments but the projections', and the call.
 template <class Tensors, class Forward>
 py::object ordinary_around(Reader& reader, const AroundAdapter& h, int64_t m, Tensors& t,
@@ -313,35 +339,23 @@ py::object ordinary_around(Reader& reader, const AroundAdapter& h, int64_t m, Te
     if (reader.ordinary) t.gate = g->expand(shape).reshape({-1});
   }
 
-  // at most one more tensor of x's size, and where it is added: _terms of functional/adapter.py
-  py::handle second = h.skip;
-  s.skip_in = !h.skip.is_none();
-  for (py::handle r : h.residual.is_none() ? std::vector<py::handle>() : several(h.residual)) {
-    if (r.is_none()) return py::none();
-    if (r.ptr() == h.x.ptr()) {
-      reader.expect(!s.residual_x);
-      s.residual_x = true;
-    } else {
-      reader.expect(!s.residual_skip && (second.is_none() || second.ptr() == r.ptr()));
-      second = r;
-      s.residual_skip = true;
-    }
-  }
-  OptionalTensor other;
-  if (!second.is_none()) other = reader.like_x(second);
+  Terms terms(reader, h.x, h.residual, h.skip);
+  s.skip_in = terms.skip_in;
+  s.residual_x = terms.residual_x;
+  s.residual_skip = terms.residual_skip;
   if (!reader.ordinary) return py::none();
 
   if (reader.gradient || s.dropout_p > 0) {
     return py::make_tuple(py::make_tuple(s.scaling, s.pre_eps, s.eps, s.dropout_p, s.skip_in,
                                          s.residual_x, s.residual_skip),
-                          second, t.scale, t.gate);
+                          terms.given, t.scale, t.gate);
   }
   at::Tensor y;
   {
     py::gil_scoped_release release;
     const at::NoGradGuard no_grad;
-    if (other) other = to_rows(*other);
-    y = from_rows(std::get<0>(forward(to_rows(reader.x()), other, t, s)), reader.x());
+    if (terms.other) terms.other = to_rows(*terms.other);
+    y = from_rows(std::get<0>(forward(to_rows(reader.x()), terms.other, t, s)), reader.x());
   }
   return py::cast(y);
 }
@@ -398,6 +412,49 @@ py::object ordinary_compacter(const PhmArguments& down, const PhmArguments& up,
                 width * d + width * n * m < 2 * d * m);
   if (!reader.ordinary) return py::none();
   return ordinary_around(reader, around, m, t, compacter_fwd);
+}
+
+py::object ordinary_fusion(const FoldedMatrices& folded, const AroundFusion& h) {
+  Reader reader(h.x);
+  if (!reader.ordinary) return py::none();
+  const int64_t d = reader.x().size(-1), n = int64_t(h.widths.size());
+  FusionTensors t;
+  t.down = folded.down;
+  t.down_bias = folded.down_bias;
+  t.score = folded.score;
+  t.score_bias = folded.score_bias;
+  t.value = folded.value;
+  t.pre_weight = reader.vector(h.pre_weight, d, true);
+  t.pre_bias = reader.vector(h.pre_bias, d, true);
+  t.ln_weight = reader.vector(h.ln_weight, d, true);
+  t.ln_bias = reader.vector(h.ln_bias, d, true);
+  reader.expect(t.pre_weight || !t.pre_bias);
+  reader.expect(t.ln_weight || !t.ln_bias);
+  const double temperature = reader.number(h.temperature), pre_eps = reader.epsilon(h.pre_eps),
+               eps = reader.epsilon(h.eps), rate = reader.probability(h.dropout_p);
+  reader.expect(temperature > 0 && !(h.training && rate > 0));
+  Terms terms(reader, h.x, h.residual, h.skip);
+  OptionalTensor query;
+  if (!h.query.is_none()) query = reader.like_x(h.query);
+  if (!reader.ordinary || reader.gradient) return py::none();
+
+  at::Tensor y, p;
+  {
+    py::gil_scoped_release release;
+    const at::NoGradGuard no_grad;
+    const at::Tensor& x = reader.x();
+    if (terms.other) terms.other = to_rows(*terms.other);
+    if (query) query = to_rows(*query);
+    auto [rows, saved] =
+        adapter_fusion_fwd(to_rows(x), terms.other, query, t,
+                           {h.activation, h.widths, temperature, pre_eps, eps, 0.0, terms.skip_in,
+                            terms.residual_x, terms.residual_skip, true});
+    y = from_rows(rows, x);
+    std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+    shape.back() = n;
+    p = saved.p.to(x.scalar_type()).view(shape);
+  }
+  return py::make_tuple(y, p);
 }
 
 } // namespace pelt_fast

@@ -5,6 +5,10 @@
 
 #include <torch/csrc/utils/pybind.h>
 
+#include <optional>
+#include <string>
+#include <vector>
+
 namespace pelt_fast {
 
 // Does a call of an operator with these arguments reach its kernel and nothing else? Not where a
@@ -40,5 +44,26 @@ pybind11::object ordinary_adapter(pybind11::handle down, pybind11::handle up,
                                   const AroundAdapter& around);
 pybind11::object ordinary_compacter(const PhmArguments& down, const PhmArguments& up,
                                     const AroundAdapter& around);
+
+// What AdapterFusion's matrices were folded into, checked when they were: for this x's size, dtype
+// and place.
+struct FoldedMatrices {
+  at::Tensor down;
+  std::optional<at::Tensor> down_bias;
+  at::Tensor score;
+  std::optional<at::Tensor> score_bias;
+  at::Tensor value;
+};
+// What functional.adapter_fusion takes besides them.
+struct AroundFusion {
+  pybind11::handle x, query;
+  const std::string& activation;
+  const std::vector<int64_t>& widths;
+  pybind11::handle temperature, residual, skip, pre_weight, pre_bias, pre_eps, ln_weight, ln_bias,
+      eps, dropout_p;
+  bool training;
+};
+// y and the attention; None also where a gradient is wanted.
+pybind11::object ordinary_fusion(const FoldedMatrices& folded, const AroundFusion& around);
 
 } // namespace pelt_fast

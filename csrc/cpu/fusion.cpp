@@ -145,9 +145,9 @@ std::pair<at::Tensor, FusionSaved> adapter_fusion_fwd(const at::Tensor& x,
     const AdapterSettings outside = around(settings);
     const Block<E> block(engine, x, skip, tensors.down.size(0), tensors, outside);
     const Attention<E> attention(engine, query, tensors, settings);
-    const Matrix down(engine, tensors.down, tensors.down.requires_grad());
-    const Matrix score(engine, tensors.score, tensors.score.requires_grad());
-    const Matrix value(engine, tensors.value.t(), tensors.value.requires_grad());
+    const Matrix down(engine, tensors.down, tensors.down.requires_grad(), settings.ours);
+    const Matrix score(engine, tensors.score, tensors.score.requires_grad(), settings.ours);
+    const Matrix value(engine, tensors.value.t(), tensors.value.requires_grad(), settings.ours);
     const auto wide = x.options().dtype(at::CppTypeToScalarType<A>::value);
     const int64_t columns = attention.columns, n = attention.n;
     y = empty_rows(block.rows, block.d, x.options());

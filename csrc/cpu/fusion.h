@@ -21,6 +21,7 @@ struct FusionSettings {
   std::vector<int64_t> widths;
   double temperature, pre_eps, eps, dropout_p;
   bool skip_in, residual_x, residual_skip;
+  bool ours = false; // nobody but this library has seen the matrices
 };
 
 // What forward leaves for backward: q (T, M), k (T, M + N), p (T, N), and mean and 1 / deviation

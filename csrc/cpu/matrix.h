@@ -14,11 +14,11 @@ struct Matrix {
   int64_t columns; // n, padded to the lanes
 
   template <class E>
-  Matrix(const E& engine, const at::Tensor& source, bool trained)
+  Matrix(const E& engine, const at::Tensor& source, bool trained, bool ours = false)
       : columns(round_up(source.size(0), engine.lanes())) {
     using T = typename E::T;
     const int64_t width = std::min(engine.strip(), columns);
-    pack = packed(source, dtype_of<T>(), width, kPair<T>, engine.lanes(), trained);
+    pack = packed(source, dtype_of<T>(), width, kPair<T>, engine.lanes(), trained, ours);
   }
 
   // c (m, columns) = or += a (m, k) · this

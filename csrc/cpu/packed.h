@@ -27,9 +27,11 @@ struct Packed {
 // pair). The pack is kept, and given again only while the source is the same storage at the same
 // version with the same contents: by hash, all of a small or trained tensor and a walk through a
 // large frozen one, for what the version counter does not see. Of a large inference tensor, which
-// has no version, no pack is kept. A freed source takes its packs with it.
+// has no version, no pack is kept. A freed source takes its packs with it. ours: the source is this
+// library's own, which nobody writes to, so that its contents need no look.
 std::shared_ptr<const Packed> packed(const at::Tensor& source, at::ScalarType dtype, int64_t strip,
-                                     int64_t pair, int64_t k_unit, bool trained = false);
+                                     int64_t pair, int64_t k_unit, bool trained = false,
+                                     bool ours = false);
 
 // What identifies these tensors and their contents, by the same rules as a pack's source:
 // addresses, versions, and hashes (all of a small tensor, a walk through every row and column of a

@@ -1,4 +1,4 @@
-"""Folded matrices of AdapterFusion, kept between calls that need no gradient of what they are folded of.
+"""Folded and stacked matrices of AdapterFusion, kept between calls that need no gradient of what they are made of.
 
 An entry is given again only for the very same tensors, at the same addresses and versions and with the same contents:
 by hash, all of a small one and a walk through every row and column of a large one, for what the version counter does
@@ -14,25 +14,27 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..dispatch import backend
 from ..env import env
-from .fusion_fold import Adapters, Attention, Folded
+from .fusion_fold import Adapters, Attention, Folded, Stacked
+
+Kept = TypeVar("Kept", Folded, Stacked)
 
 
 class _Entry(NamedTuple):
     sources: tuple[weakref.ref[Tensor], ...]
     fingerprint: int
-    folded: Folded
+    kept: Folded | Stacked
     bytes: int
 
 
 class FoldCache:
-    """Folds by what they are made of; the least recently used go first where ``limit`` bytes do not suffice."""
+    """What is kept, by what it is made of and a tag; the least recently used go first past ``limit`` bytes."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -40,8 +42,8 @@ class FoldCache:
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
         self._lock = threading.RLock()  # a tensor may die, and its callback run, while it is held
 
-    def find(self, adapters: Adapters, attention: Attention, tag: Any) -> Folded | None:
-        """The fold of these very tensors as they are now, if there is one.
+    def find(self, adapters: Adapters, attention: Attention, tag: Any) -> Any:
+        """What was made of these very tensors as they are now, under this tag; None where there is nothing.
 
         What an entry was made of had been checked, so that what is found here need not be: its key names every
         argument by identity (numbers by value), and ``tag`` what else a check asks about.
@@ -57,24 +59,26 @@ class FoldCache:
             return None
         with self._lock, contextlib.suppress(KeyError):
             self._entries.move_to_end(key)
-        return entry.folded
+        return entry.kept
 
     def make(
         self,
         adapters: Adapters,
         attention: Attention,
         tag: Any,
-        fold: Callable[[], Folded],
-    ) -> Folded | None:
-        """A fold that is kept; None where none can be."""
+        make: Callable[[], Kept],
+    ) -> Kept | None:
+        """What ``make`` gives, kept; None where nothing can be."""
         sources = _sources(adapters, attention)
         fingerprint = _fingerprint(sources) if self.limit > 0 else None
         if fingerprint is None:
             return None
         # tensors of inference mode could not take part in a later call that is differentiated
         with torch.inference_mode(False), torch.no_grad():
-            folded = Folded(*(None if t is None else t.clone() for t in fold()))  # type: ignore[arg-type]
-        size = sum(t.untyped_storage().nbytes() for t in folded if t is not None)
+            made = make()
+            tensors = zip(made._fields, made, strict=True)
+            kept: Kept = made._replace(**{k: t.clone() for k, t in tensors if t is not None})
+        size = sum(t.untyped_storage().nbytes() for t in kept if t is not None)
         key = _key(adapters, attention, tag)
         with self._lock:
             self._drop(key)
@@ -82,9 +86,9 @@ class FoldCache:
                 while self.bytes + size > self.limit:
                     self._drop(next(iter(self._entries)))
                 refs = tuple(weakref.ref(t, lambda _: self._drop(key)) for t in sources)
-                self._entries[key] = _Entry(refs, fingerprint, folded, size)
+                self._entries[key] = _Entry(refs, fingerprint, kept, size)
                 self.bytes += size
-        return folded
+        return kept
 
     def forget(self, adapters: Adapters, attention: Attention) -> None:
         """Drops what is made of these tensors: they are about to change."""

@@ -48,6 +48,17 @@ class Adapters(NamedTuple):
         return [down.shape[0] for down in self.down]
 
 
+NO_ATTENTION = Attention(None, None, None, None, None)
+
+
+class Stacked(NamedTuple):
+    """The adapters, one below the other: down (M, d), its biases (M,), and R (M + N, d)."""
+
+    down: Tensor
+    down_bias: Tensor | None
+    results: Tensor
+
+
 class Folded(NamedTuple):
     """What the operator takes: down (M, d), score = E (M + N, d), value = V (M + N, d), and the biases."""
 
@@ -56,6 +67,14 @@ class Folded(NamedTuple):
     score: Tensor
     score_bias: Tensor | None
     value: Tensor
+
+
+def trains(adapters: Adapters, attention: Attention) -> bool:
+    """Whether anything of them wants a gradient."""
+    if not torch.is_grad_enabled():
+        return False
+    groups = (*adapters, attention)
+    return any(isinstance(t, Tensor) and t.requires_grad for group in groups for t in group)
 
 
 def wide_dtype(tensors: Sequence[Tensor | None]) -> torch.dtype:
@@ -67,8 +86,12 @@ def wide_dtype(tensors: Sequence[Tensor | None]) -> torch.dtype:
     return dtype
 
 
-def stacked_down(adapters: Adapters) -> tuple[Tensor, Tensor | None]:
-    """(M, d) and (M,)."""
+def stack(adapters: Adapters, dtype: torch.dtype) -> Stacked:
+    """down in a dtype that holds all of it, R in this one."""
+    return Stacked(*_stacked_down(adapters), _results(adapters, dtype))
+
+
+def _stacked_down(adapters: Adapters) -> tuple[Tensor, Tensor | None]:
     dtype = adapters.down[0].dtype
     for t in (*adapters.down, *adapters.down_bias):
         if t is not None:
@@ -83,8 +106,8 @@ def stacked_down(adapters: Adapters) -> tuple[Tensor, Tensor | None]:
     return down, torch.cat([b.to(dtype) for b in biases])
 
 
-def results(adapters: Adapters, dtype: torch.dtype) -> Tensor:
-    """R (M + N, d): the up projections' columns, then their biases, each times its adapter's scaling."""
+def _results(adapters: Adapters, dtype: torch.dtype) -> Tensor:
+    """The up projections' columns, then their biases, each times its adapter's scaling."""
     columns, biases = [], []
     for up, bias, scaling in zip(adapters.up, adapters.up_bias, adapters.scaling, strict=True):
         b = up.new_zeros(up.shape[0]) if bias is None else bias
@@ -95,17 +118,16 @@ def results(adapters: Adapters, dtype: torch.dtype) -> Tensor:
     return torch.cat((*columns, *biases))
 
 
-def fold(adapters: Adapters, attention: Attention, shift: bool) -> Folded:
+def fold(stacked: Stacked, attention: Attention, shift: bool) -> Folded:
     """E, e and V; ``shift``: with what adds the same to every score, which a softmax alone would not see."""
-    dtype = wide_dtype((*adapters.up, *adapters.up_bias, *attention))
-    w_q, b_q, w_k, b_k, w_v = (None if t is None else t.to(dtype) for t in attention)
-    r = results(adapters, dtype)
+    down, down_bias, r = stacked
+    w_q, b_q, w_k, b_k, w_v = (None if t is None else t.to(r.dtype) for t in attention)
     keys = r if w_k is None else r @ w_k.T
     if shift and b_k is not None:
-        width = sum(adapters.widths)
-        keys = torch.cat((keys[:width], keys[width:] + b_k))
+        keys = torch.cat((keys[: len(down)], keys[len(down) :] + b_k))
     return Folded(
-        *stacked_down(adapters),
+        down,
+        down_bias,
         keys if w_q is None else keys @ w_q,
         None if b_q is None else keys @ b_q,
         r if w_v is None else r @ w_v.T,
