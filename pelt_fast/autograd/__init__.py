@@ -6,6 +6,7 @@ from .delta import DiffPruningFunction, DiffPruningLinearFunction, MaskedLinearF
 from .fusion import AdapterFusionFunction
 from .gated_lora import GatedLoRALinearFunction
 from .lora import LoRALinearFunction
+from .multi_elementwise import MultiElementwiseFunction
 from .multi_lora import MultiLoRAFunction
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "GatedLoRALinearFunction",
     "LoRALinearFunction",
     "MaskedLinearFunction",
+    "MultiElementwiseFunction",
     "MultiLoRAFunction",
 ]

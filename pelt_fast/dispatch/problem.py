@@ -169,6 +169,30 @@ class MultiLoRAProblem(NamedTuple):
         return f"{text} on {self.device_type} ({self.arch})"
 
 
+class MultiElementwiseProblem(NamedTuple):
+    """One pass of products and sums by element of which every token names its own. ``dtype`` is x's."""
+
+    op: str  # "multi_elementwise_fwd" | "multi_elementwise_bwd"
+    device_type: str
+    arch: str
+    dtype: torch.dtype
+    tokens: int
+    adapters: int
+    features: int
+    scaled: bool
+
+    @property
+    def family(self) -> str:
+        """The module of a backend that has this operation."""
+        return "multi_elementwise"
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        text = f"{self.op} {dtype} T={self.tokens} L={self.adapters} features={self.features}"
+        text += " scaled" if self.scaled else ""
+        return f"{text} on {self.device_type} ({self.arch})"
+
+
 class DeltaProblem(NamedTuple):
     """One pass over the elements of a weight that is made of a frozen one. ``dtype`` is the frozen weight's."""
 

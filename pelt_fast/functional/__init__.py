@@ -25,6 +25,7 @@ from .gated_lora import explain_gated_lora_linear, gated_lora_linear
 from .gates import central_gate, prefix_gate
 from .lora import MAX_RANK, explain_lora_linear, lora_linear
 from .multi_bottleneck import multi_bottleneck
+from .multi_elementwise import explain_multi_elementwise, multi_elementwise
 from .multi_lora import explain_multi_lora, multi_lora
 from .prefix import explain_prefix_attention, prefix_attention
 
@@ -46,6 +47,7 @@ __all__ = [
     "lora_linear",
     "masked_linear",
     "multi_bottleneck",
+    "multi_elementwise",
     "multi_lora",
     "philox_mask",
     "phm_linear",
@@ -58,6 +60,7 @@ _EXPLAINED: dict[str, Callable[..., Explanation]] = {
     "gated_lora_linear": explain_gated_lora_linear,
     "bottleneck_adapter": explain_bottleneck_adapter,
     "compacter": explain_compacter,
+    "multi_elementwise": explain_multi_elementwise,
     "multi_lora": explain_multi_lora,
     "adapter_fusion": explain_adapter_fusion,
     "diff_pruning_weight": explain_diff_pruning_weight,
