@@ -275,6 +275,7 @@ std::shared_ptr<const Packed> packed(const at::Tensor& source, at::ScalarType dt
 std::optional<uint64_t> fingerprint_of(const std::vector<at::Tensor>& tensors) {
   std::vector<at::Tensor> matrices;
   for (const at::Tensor& tensor : tensors) {
+    if (!tensor.is_cpu()) return std::nullopt;
     matrices.push_back(tensor.reshape({-1, tensor.dim() ? tensor.size(-1) : 1}));
     check_memory("a parameter", matrices.back());
     if (tensor.is_inference() && !is_read_whole(matrices.back(), false)) return std::nullopt;

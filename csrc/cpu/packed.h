@@ -35,7 +35,7 @@ std::shared_ptr<const Packed> packed(const at::Tensor& source, at::ScalarType dt
 
 // What identifies these tensors and their contents, by the same rules as a pack's source:
 // addresses, versions, and hashes (all of a small tensor, a walk through every row and column of a
-// large one). Nothing where one of them is a large inference tensor.
+// large one). Nothing where one of them is a large inference tensor, or is not in the CPU's memory.
 std::optional<uint64_t> fingerprint_of(const std::vector<at::Tensor>& tensors);
 
 int64_t packed_bytes();

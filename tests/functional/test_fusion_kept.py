@@ -81,6 +81,19 @@ def test_not_ordinary(spy):
     assert spy.served == 1
 
 
+def test_dropout_takes_matrices_of_its_own(spy):
+    """Dropped scores are zero, so that what all scores have in common counts."""
+    inputs = FusionCase("", (3, 13), 40, (8, 8), **EVERYTHING).make(torch.float32)
+    found = []
+    for kept in (True, False):
+        PF.clear_folded()
+        if kept:
+            call(inputs, training=False)
+        torch.manual_seed(0)
+        found.append(call(inputs, training=True)[0])
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
