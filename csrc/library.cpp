@@ -232,32 +232,43 @@ py::object ordinary_fusion(const at::Tensor& down, const pelt_fast::OptionalTens
        ln_weight, ln_bias, eps, dropout_p, training});
 }
 
-// What both directions of batched multi-LoRA take.
-#define PELT_MULTI_ARGUMENTS                                                                 \
-  const std::vector<at::Tensor>&lora_a, const std::vector<at::Tensor>&lora_b,                \
-      const at::Tensor &perm, const at::Tensor &indptr, const std::vector<at::Tensor>&ranks, \
-      const std::vector<at::Tensor>&scaling, const pelt_fast::OptionalTensor &row_scale,     \
+// What both directions of batched multi-LoRA take after their own tensors.
+#define PELT_MULTI_ARGUMENTS                                                             \
+  const std::vector<at::Tensor>&plan, const std::vector<at::Tensor>&ranks,               \
+      const std::vector<at::Tensor>&scaling, const pelt_fast::OptionalTensor &row_scale, \
       double dropout_p, const pelt_fast::OptionalTensor &seed
-#define PELT_MULTI_CALL {lora_a, lora_b, perm, indptr, ranks, scaling, row_scale, dropout_p, seed}
+#define PELT_MULTI_CALL \
+  pelt_fast::multi_lora_of(x, lora_a, lora_b, plan, ranks, scaling, row_scale, dropout_p, seed)
 
-py::tuple multi_lora_fwd(const at::Tensor& x, const std::vector<pelt_fast::OptionalTensor>& base,
-                         PELT_MULTI_ARGUMENTS, bool inplace) {
+// inplace: base is changed, as rows.
+py::tuple multi_lora_fwd(const at::Tensor& x, const std::vector<at::Tensor>& lora_a,
+                         const std::vector<at::Tensor>& lora_b,
+                         const std::vector<pelt_fast::OptionalTensor>& base, PELT_MULTI_ARGUMENTS,
+                         bool inplace) {
   pelt_fast::MultiLoRAOutput out;
   {
     py::gil_scoped_release release;
-    out = pelt_fast::multi_lora_fwd(x, base, PELT_MULTI_CALL, inplace);
+    std::vector<pelt_fast::OptionalTensor> rows;
+    for (const auto& b : base) rows.push_back(to_rows(b));
+    out = pelt_fast::multi_lora_fwd(to_rows(x), rows, PELT_MULTI_CALL, inplace);
+    for (auto& y : out.y) y = inplace ? y : from_rows(y, x);
   }
   return py::make_tuple(out.y, out.s);
 }
 
 py::tuple multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::Tensor& x,
-                         const at::Tensor& s, PELT_MULTI_ARGUMENTS, bool need_dx, bool need_da,
-                         bool need_db, bool need_drow_scale) {
+                         const std::vector<at::Tensor>& lora_a,
+                         const std::vector<at::Tensor>& lora_b, const at::Tensor& s,
+                         PELT_MULTI_ARGUMENTS, bool need_dx, bool need_da, bool need_db,
+                         bool need_drow_scale) {
   pelt_fast::MultiLoRAGradients g;
   {
     py::gil_scoped_release release;
-    g = pelt_fast::multi_lora_bwd(dy, x, s, PELT_MULTI_CALL, need_dx, need_da, need_db,
+    std::vector<at::Tensor> rows;
+    for (const auto& d : dy) rows.push_back(to_rows(d));
+    g = pelt_fast::multi_lora_bwd(rows, to_rows(x), s, PELT_MULTI_CALL, need_dx, need_da, need_db,
                                   need_drow_scale);
+    g.dx = from_rows(g.dx, x);
   }
   return py::make_tuple(g.dx, g.da, g.db, g.drow_scale);
 }
@@ -271,7 +282,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("lora_linear_bwd", &lora_linear_bwd);
   m.def("gated_lora_linear_fwd", &gated_lora_linear_fwd, release());
   m.def("gated_lora_linear_bwd", &gated_lora_linear_bwd, release());
-  m.def("multi_lora_fwd", &multi_lora_fwd);
+  m.def("multi_lora_fwd", &multi_lora_fwd, py::arg("x"), py::arg("lora_a"), py::arg("lora_b"),
+        py::arg("base"), py::arg("plan"), py::arg("ranks"), py::arg("scaling"),
+        py::arg("row_scale"), py::arg("dropout_p"), py::arg("seed"), py::arg("inplace") = false);
   m.def("multi_lora_bwd", &multi_lora_bwd);
   m.def("bottleneck_adapter_fwd", &bottleneck_adapter_fwd, release());
   m.def("bottleneck_adapter_bwd", &bottleneck_adapter_bwd, release());
@@ -291,6 +304,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("ordinary_compacter", &ordinary_compacter);
   m.def("ordinary_fusion", &ordinary_fusion);
   m.def("ordinary_gated_lora_linear", &pelt_fast::ordinary_gated_lora_linear);
+  m.def("ordinary_multi_lora", &pelt_fast::ordinary_multi_lora);
   m.def("prefix_attention", &pelt_fast::prefix_attention, release());
   m.def(
       "isa", [] { return pelt_fast::isa_name(pelt_fast::current_isa()); },

@@ -4,11 +4,14 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/profiler/api.h>
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -19,6 +22,7 @@
 #include "cpu/fusion.h"
 #include "cpu/gated_lora.h"
 #include "cpu/lora.h"
+#include "cpu/multi_lora.h"
 #include "cpu/shape.h"
 
 namespace py = pybind11;
@@ -114,6 +118,12 @@ class Reader {
     expect(p >= 0 && p <= 1);
     return p;
   }
+  // Plain, its memory there; notes whether it wants a gradient.
+  bool is_there(const at::Tensor& t) {
+    if (!is_plain(t) || t._fw_grad(0).defined() || !has_memory(t)) return false;
+    gradient = gradient || wants_grad(t);
+    return true;
+  }
   double epsilon(py::handle h) {
     const double eps = number(h);
     expect(eps >= 0);
@@ -124,8 +134,7 @@ class Reader {
   const at::Tensor* plain(py::handle h) {
     if (!THPVariable_CheckExact(h.ptr())) return refuse(), nullptr;
     const at::Tensor& t = THPVariable_Unpack(h.ptr());
-    if (!is_plain(t) || t._fw_grad(0).defined() || !has_memory(t)) return refuse(), nullptr;
-    gradient = gradient || wants_grad(t);
+    if (!is_there(t)) return refuse(), nullptr;
     return &t;
   }
 
@@ -455,6 +464,184 @@ py::object ordinary_fusion(const FoldedMatrices& folded, const AroundFusion& h) 
     p = saved.p.to(x.scalar_type()).view(shape);
   }
   return py::make_tuple(y, p);
+}
+
+// ---- batched multi-LoRA ----
+
+namespace {
+
+bool is_list(py::handle h) {
+  return PyList_CheckExact(h.ptr()) || PyTuple_CheckExact(h.ptr());
+}
+
+// A stack (L, rows, columns); -1: any size but 0.
+const at::Tensor* stack_of(Reader& reader, py::handle h, int64_t adapters, int64_t rows,
+                           int64_t columns) {
+  const at::Tensor* t = reader.tensor(h, true);
+  if (t)
+    reader.expect(t->dim() == 3 && t->numel() > 0 && (adapters < 0 || t->size(0) == adapters) &&
+                  (rows < 0 || t->size(1) == rows) && t->size(2) == columns);
+  return reader.ordinary ? t : nullptr;
+}
+
+// Its rows can be changed in place: each element once, a view as rows, a change that torch allows.
+bool can_change(const at::Tensor& base) {
+  if (base.is_inference() && !c10::InferenceMode::is_enabled()) return false;
+  const int64_t last = base.dim() - 1;
+  bool fits = base.stride(last) == 1;
+  for (int64_t i = 0; i < last; ++i)
+    fits = fits && (i + 1 < last ? base.stride(i) == base.size(i + 1) * base.stride(i + 1)
+                                 : base.stride(i) >= base.size(last));
+  return fits;
+}
+
+// (L,) of one number for all adapters, or as given where that is of the dtype that kernels read.
+OptionalTensor of_adapters(Reader& reader, py::handle h, int64_t adapters, at::ScalarType dtype) {
+  if (!THPVariable_CheckExact(h.ptr())) return reader.refuse(), std::nullopt;
+  const at::Tensor& t = THPVariable_Unpack(h.ptr());
+  reader.expect(is_plain(t) && t.dim() == 1 && t.size(0) == adapters && t.scalar_type() == dtype &&
+                !wants_grad(t));
+  return reader.ordinary ? OptionalTensor(t) : std::nullopt;
+}
+
+} // namespace
+
+py::object ordinary_multi_lora(py::handle x, py::handle lora_a, py::handle lora_b,
+                               py::handle plan_arrays, int64_t plan_tokens, int64_t plan_adapters,
+                               py::handle scaling, py::handle ranks, py::handle base_out,
+                               py::handle row_scale, py::handle dropout_p, bool training) {
+  Reader reader(x);
+  if (!reader.ordinary) return py::none();
+  const int64_t in = reader.x().size(-1), tokens = reader.x().numel() / in;
+  const at::ScalarType dtype = reader.x().scalar_type(),
+                       wide = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  const bool several_projections = is_list(lora_a), has_base = !base_out.is_none();
+  const std::vector<py::handle> all_a = several(lora_a), all_b = several(lora_b),
+                                all_base = has_base ? several(base_out) : std::vector<py::handle>();
+  const size_t n = all_a.size();
+  reader.expect(n > 0 && all_b.size() == n && (!has_base || all_base.size() == n) &&
+                plan_tokens == tokens);
+  std::vector<at::Tensor> as, bs;
+  std::vector<OptionalTensor> bases(n);
+  for (size_t i = 0; reader.ordinary && i < n; ++i) {
+    const at::Tensor* a = stack_of(reader, all_a[i], plan_adapters, -1, in);
+    if (!a || a->size(1) > kMaxRank) return py::none();
+    const at::Tensor* b = stack_of(reader, all_b[i], plan_adapters, -1, a->size(1));
+    if (!b) return py::none();
+    as.push_back(*a);
+    bs.push_back(*b);
+    if (!has_base) continue;
+    const at::Tensor* base = reader.tensor(all_base[i], false);
+    if (!base) return py::none();
+    reader.expect(base->dim() == reader.x().dim() && base->size(-1) == b->size(1) &&
+                  base->sizes().slice(0, base->dim() - 1) ==
+                      reader.x().sizes().slice(0, base->dim() - 1));
+    bases[i] = *base;
+  }
+  OptionalTensor per_row;
+  if (!row_scale.is_none()) {
+    // of any floating dtype
+    if (!THPVariable_CheckExact(row_scale.ptr())) return py::none();
+    const at::Tensor& t = THPVariable_Unpack(row_scale.ptr());
+    std::vector<int64_t> shape(reader.x().sizes().begin(), reader.x().sizes().end());
+    shape.back() = 1;
+    reader.expect(reader.is_there(t) && t.dim() <= int64_t(shape.size()) &&
+                  (t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble ||
+                   t.scalar_type() == at::kHalf || t.scalar_type() == at::kBFloat16));
+    for (int64_t i = 1; reader.ordinary && i <= t.dim(); ++i)
+      reader.expect(t.size(-i) == 1 || t.size(-i) == shape[shape.size() - size_t(i)]);
+    if (!reader.ordinary) return py::none();
+    per_row = t.expand(shape).reshape({-1});
+  }
+  const double probability = reader.probability(dropout_p), rate = training ? probability : 0.0;
+
+  // the plan's buffer is its own and int32
+  const std::vector<py::handle> arrays = several(plan_arrays);
+  std::vector<at::Tensor> plan;
+  reader.expect(arrays.size() == 7);
+  for (size_t i = 0; reader.ordinary && i < arrays.size(); ++i) {
+    if (!THPVariable_CheckExact(arrays[i].ptr())) return py::none();
+    plan.push_back(THPVariable_Unpack(arrays[i].ptr()));
+    reader.expect(is_plain(plan[i]) && plan[i].scalar_type() == at::kInt);
+  }
+  if (!reader.ordinary) return py::none();
+  reader.expect(plan[1].dim() == 1 && plan[1].size(0) >= tokens && plan[1].is_contiguous() &&
+                plan[2].dim() == 1 && plan[2].size(0) == plan_adapters + 2 &&
+                plan[2].is_contiguous());
+
+  const bool each_scaling = several_projections && is_list(scaling),
+             each_ranks = several_projections && is_list(ranks);
+  const std::vector<py::handle> scales = each_scaling ? several(scaling) : std::vector{scaling},
+                                sizes = each_ranks ? several(ranks) : std::vector{ranks};
+  reader.expect((!each_scaling || scales.size() == n) && (!each_ranks || sizes.size() == n));
+  std::vector<at::Tensor> all_scaling, all_ranks;
+  for (size_t i = 0; reader.ordinary && i < n; ++i) {
+    const py::handle scale = scales[each_scaling ? i : 0], rank = sizes[each_ranks ? i : 0];
+    if (THPVariable_Check(scale.ptr())) {
+      const OptionalTensor t = of_adapters(reader, scale, plan_adapters, wide);
+      if (t) all_scaling.push_back(*t);
+    } else {
+      const double factor = reader.number(scale);
+      reader.expect(wide == at::kDouble || std::abs(factor) <= std::numeric_limits<float>::max());
+      if (!reader.ordinary) return py::none();
+      all_scaling.push_back(at::full({plan_adapters}, factor, at::TensorOptions().dtype(wide)));
+    }
+    if (rank.is_none()) {
+      all_ranks.push_back(
+          at::full({plan_adapters}, as[i].size(1), at::TensorOptions().dtype(at::kInt)));
+    } else {
+      const OptionalTensor t = of_adapters(reader, rank, plan_adapters, at::kInt);
+      if (t) all_ranks.push_back(*t);
+    }
+  }
+  if (!reader.ordinary) return py::none();
+
+  const bool changes = has_base && !at::GradMode::is_enabled();
+  if (changes) {
+    if (rate > 0) return py::none();
+    std::vector<const void*> read{reader.x().storage().data()};
+    for (const auto* tensors : {&as, &bs, &plan, &all_scaling, &all_ranks})
+      for (const at::Tensor& t : *tensors) read.push_back(t.storage().data());
+    if (per_row) read.push_back(per_row->storage().data());
+    for (size_t i = 0; i < n; ++i) { // what lies in one storage may overlap
+      const void* place = bases[i]->storage().data();
+      if (!can_change(*bases[i]) || std::find(read.begin(), read.end(), place) != read.end())
+        return py::none();
+      read.push_back(place);
+    }
+  } else if (reader.gradient || rate > 0) {
+    py::list tensors;
+    for (py::handle h : all_a) tensors.append(h);
+    for (py::handle h : all_b) tensors.append(h);
+    for (size_t i = 0; i < n; ++i) tensors.append(has_base ? all_base[i] : py::handle(Py_None));
+    for (const at::Tensor& t : all_ranks) tensors.append(py::cast(t));
+    for (const at::Tensor& t : all_scaling) tensors.append(py::cast(t));
+    return py::make_tuple(false, py::make_tuple(rate, per_row, tensors));
+  }
+  std::vector<at::Tensor> y;
+  {
+    py::gil_scoped_release release;
+    const at::NoGradGuard no_grad;
+    for (OptionalTensor& base : bases)
+      if (base) base = changes ? base->view({-1, base->size(-1)}) : to_rows(*base);
+    y = multi_lora_fwd(to_rows(reader.x()), bases,
+                       multi_lora_of(reader.x(), as, bs, plan, all_ranks, all_scaling, per_row, 0.0,
+                                     std::nullopt),
+                       changes)
+            .y;
+    for (at::Tensor& t : y) t = from_rows(t, reader.x());
+  }
+  py::tuple out(n);
+  for (size_t i = 0; i < n; ++i) {
+    if (changes) {
+      const at::Tensor& base = THPVariable_Unpack(all_base[i].ptr());
+      if (!base.is_inference()) base.unsafeGetTensorImpl()->bump_version();
+      out[i] = py::reinterpret_borrow<py::object>(all_base[i]);
+    } else {
+      out[i] = py::cast(y[i]);
+    }
+  }
+  return py::make_tuple(true, several_projections ? py::object(out) : py::object(out[0]));
 }
 
 } // namespace pelt_fast

@@ -275,7 +275,27 @@ at::Tensor gradient_of(const at::Tensor& stack, const Call<T>& call, int64_t i) 
   return turned ? out.as_strided(stack.sizes(), {p * q, 1, p}) : out.view(stack.sizes());
 }
 
+// In the order of the parameter's memory, as autograd keeps a gradient without a copy of it.
+at::Tensor like(const at::Tensor& gradient, const at::Tensor& parameter) {
+  if (gradient.strides() == parameter.strides()) return gradient;
+  at::Tensor out = at::empty_like(parameter); // where it is dense in no order: in some order
+  return gradient.strides() == out.strides() ? gradient : out.copy_(gradient);
+}
+
 } // namespace
+
+MultiLoRA multi_lora_of(const at::Tensor& x, const std::vector<at::Tensor>& lora_a,
+                        const std::vector<at::Tensor>& lora_b, const std::vector<at::Tensor>& plan,
+                        const std::vector<at::Tensor>& ranks,
+                        const std::vector<at::Tensor>& scaling, const OptionalTensor& row_scale,
+                        double dropout_p, const OptionalTensor& seed) {
+  MultiLoRA call{lora_a, lora_b, plan.at(1), plan.at(2), ranks, scaling, {}, dropout_p, seed};
+  for (auto* each : {&call.ranks, &call.scaling})
+    for (at::Tensor& t : *each) t = t.contiguous();
+  const at::ScalarType wide = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  if (row_scale) call.row_scale = row_scale->to(wide).contiguous();
+  return call;
+}
 
 MultiLoRAOutput multi_lora_fwd(const at::Tensor& x, const std::vector<OptionalTensor>& base,
                                const MultiLoRA& arguments, bool inplace) {
@@ -478,9 +498,10 @@ MultiLoRAGradients multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::T
           kernels.narrow(length, c + i * ld, nullptr, static_cast<T*>(to.mutable_data_ptr()) + at);
       }
     };
+    std::vector<at::Tensor> da, db;
     if (need_da) {
       for (int64_t i = 0; i < call.n(); ++i)
-        out.da.push_back(gradient_of(arguments.lora_a[i], call, i));
+        da.push_back(gradient_of(arguments.lora_a[i], call, i));
       call.sums(std::vector<int64_t>(call.n(), features), [&](const Segment& segment, int64_t i,
                                                               int64_t first, int64_t columns) {
         Workspace& w = workspace();
@@ -495,13 +516,12 @@ MultiLoRAGradients multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::T
             [&](const Segment& chunk, int64_t ld) {
               return call.rows_in(chunk, data<T>(x), x.stride(0), first, columns, ld, i, w.right);
             });
-        write(out.da[i], segment.adapter, out.da[i].stride(1), out.da[i].stride(2), r, columns,
-              first, c);
+        write(da[i], segment.adapter, da[i].stride(1), da[i].stride(2), r, columns, first, c);
       });
     }
     if (need_db) {
       for (int64_t i = 0; i < call.n(); ++i)
-        out.db.push_back(gradient_of(arguments.lora_b[i], call, i));
+        db.push_back(gradient_of(arguments.lora_b[i], call, i));
       call.sums(width, [&](const Segment& segment, int64_t i, int64_t first, int64_t columns) {
         Workspace& w = workspace();
         const int64_t g = segment.adapter, r = call.rank(i, g);
@@ -516,8 +536,12 @@ MultiLoRAGradients multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::T
               return call.rows_in(chunk, data<T>(dy[i]), dy[i].stride(0), first, columns, ld, -1,
                                   w.right);
             });
-        write(out.db[i], g, out.db[i].stride(2), out.db[i].stride(1), r, columns, first, c);
+        write(db[i], g, db[i].stride(2), db[i].stride(1), r, columns, first, c);
       });
+    }
+    for (int64_t i = 0; i < call.n(); ++i) {
+      out.da.push_back(need_da ? OptionalTensor(like(da[i], arguments.lora_a[i])) : std::nullopt);
+      out.db.push_back(need_db ? OptionalTensor(like(db[i], arguments.lora_b[i])) : std::nullopt);
     }
   });
   return out;

@@ -20,6 +20,14 @@ struct MultiLoRA {
   OptionalTensor seed;
 };
 
+// The call of the operator's arguments: plan is MultiAdapterPlan.arrays, of which order and
+// boundaries of the buckets are read.
+MultiLoRA multi_lora_of(const at::Tensor& x, const std::vector<at::Tensor>& lora_a,
+                        const std::vector<at::Tensor>& lora_b, const std::vector<at::Tensor>& plan,
+                        const std::vector<at::Tensor>& ranks,
+                        const std::vector<at::Tensor>& scaling, const OptionalTensor& row_scale,
+                        double dropout_p, const OptionalTensor& seed);
+
 struct MultiLoRAOutput {
   std::vector<at::Tensor> y; // (T, out) each
   at::Tensor s;              // (T, ΣR)
@@ -30,9 +38,9 @@ MultiLoRAOutput multi_lora_fwd(const at::Tensor& x, const std::vector<OptionalTe
                                const MultiLoRA& call, bool inplace);
 
 struct MultiLoRAGradients {
-  OptionalTensor dx;              // (T, in)
-  std::vector<at::Tensor> da, db; // as lora_a, lora_b; empty where not needed
-  OptionalTensor drow_scale;      // (T,) in the accumulator's type
+  OptionalTensor dx;                  // (T, in)
+  std::vector<OptionalTensor> da, db; // as lora_a, lora_b, one for each; nothing where not needed
+  OptionalTensor drow_scale;          // (T,) in the accumulator's type
 };
 
 MultiLoRAGradients multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::Tensor& x,

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from ..autograd import MultiLoRAFunction
 from ..autograd.multi_lora import MultiLoRASettings
-from ..dispatch import Explanation, explain_problem
+from ..dispatch import ORDINARY, Explanation, explain_problem
 from ..ops import multi_lora_add_, multi_lora_fwd
 from ..ops.multi_lora import problem_of
 from ..random import new_seed
@@ -35,6 +35,7 @@ from .checks import (
     tensors,
 )
 from .lora import MAX_RANK
+from .ordinary import short_way
 
 
 def multi_lora(
@@ -88,22 +89,36 @@ def multi_lora(
         BackendUnavailable: the named backend cannot run this call.
         RuntimeError: in a backward of the backward, which has no formula here.
     """
+    extension = short_way(backend)
+    dual = forward_ad._current_level >= 0  # it raises in the Function, and would be lost in place
+    if extension is not None and type(plan) is MultiAdapterPlan and not dual:
+        plan_arrays = plan._arrays
+        found = extension.ordinary_multi_lora(
+            *(x, lora_a, lora_b, plan_arrays, plan.tokens, plan.num_adapters, scaling, ranks),
+            *(base_out, row_scale, dropout_p, training),
+        )
+        if found is not None:
+            done, out = found
+            if done:
+                return out
+            rate, per_row, operands = out
+            settings = MultiLoRASettings(len(operands) // 5, len(plan_arrays), rate, ORDINARY)
+            seed = new_seed(x.device) if rate else None
+            y = MultiLoRAFunction.apply(settings, seed, x, per_row, *operands, *plan_arrays)
+            return y[0] if isinstance(lora_a, Tensor) else y
     call = _check(
         *(x, lora_a, lora_b, plan, scaling, ranks, base_out),
         *(row_scale, dropout_p, training, backend),
     )
     seed = new_seed(call.x.device) if call.dropout_p else None
-    dual = forward_ad._current_level >= 0  # it raises in the Function, and would be lost in place
     if base_out is not None and not torch.is_grad_enabled() and not dual:
         y = _add_in_place(call, tensors("base_out", base_out), plan, seed)
     else:
-        plan_arrays = plan.arrays
-        settings = MultiLoRASettings(
-            len(call.lora_a), len(plan_arrays), call.dropout_p, call.backend
-        )
+        arrays = plan.arrays
+        settings = MultiLoRASettings(len(call.lora_a), len(arrays), call.dropout_p, call.backend)
         y = MultiLoRAFunction.apply(
             *(settings, seed, call.x, call.row_scale, *call.lora_a, *call.lora_b, *call.base),
-            *(*call.ranks, *call.scaling, *plan_arrays),
+            *(*call.ranks, *call.scaling, *arrays),
         )
         y = tuple(
             t if wide is None else wide + t for t, wide in zip(y, call.wider_base, strict=True)

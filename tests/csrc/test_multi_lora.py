@@ -86,18 +86,19 @@ def _arguments(**changed):
     plan = MultiAdapterPlan([0, 1, -1], 2)
     call = {
         "x": torch.randn(3, 8),
-        "base": [torch.randn(3, 4)],
         "a": [torch.randn(2, 2, 8)],
         "b": [torch.randn(2, 4, 2)],
-        "perm": plan.arrays[1],
-        "indptr": plan.arrays[2],
+        "base": [torch.randn(3, 4)],
+        "plan": plan.arrays,
         "ranks": [torch.tensor([2, 2], dtype=torch.int32)],
         "scaling": [torch.ones(2)],
         "row_scale": None,
         "dropout_p": 0.0,
         "seed": None,
-        "inplace": False,
     }
+    for i, name in ((1, "perm"), (2, "indptr")):
+        if name in changed:
+            call["plan"][i] = changed.pop(name)
     return [{**call, **changed}[name] for name in call]
 
 
@@ -130,7 +131,7 @@ def test_plan_that_was_written_over_leads_out_of_no_tensor(changed, cpp):
 @pytest.mark.parametrize("name", ["x", "a", "b", "base", "ranks", "scaling"])
 def test_freed_memory_is_an_error(name, cpp):
     arguments = _arguments()
-    position = ["x", "base", "a", "b", "", "", "ranks", "scaling"].index(name)
+    position = ["x", "a", "b", "base", "plan", "ranks", "scaling"].index(name)
     value = arguments[position]
     (value if isinstance(value, torch.Tensor) else value[0]).untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="its storage has 0"):

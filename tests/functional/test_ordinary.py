@@ -13,12 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import pelt_fast
 from pelt_fast import functional as PF
 from pelt_fast.dispatch import ORDINARY, cpp_extension
+from pelt_fast.testing.multi_lora_workloads import CASES, EVERYTHING, MultiLoRACase
 from pelt_fast.testing.workloads import Adapter, Case
 
 pytestmark = pytest.mark.skipif(cpp_extension() is None, reason="the C++ extension is not built")
 
 D, M, R = 24, 8, 3
-LORA, ADAPTER = "ordinary_lora_linear", "ordinary_adapter"
+LORA, ADAPTER, MULTI = "ordinary_lora_linear", "ordinary_adapter", "ordinary_multi_lora"
 
 
 class Spy:
@@ -75,7 +76,15 @@ def adapter(x, **kwargs):
     )
 
 
-CALLS = {"lora": lora, "adapter": adapter}
+def multi(x, **kwargs):
+    torch.manual_seed(1)
+    tokens = x[..., 0].numel()
+    a, b = torch.randn(2, R, x.shape[-1]), torch.randn(2, D, R)
+    plan = pelt_fast.MultiAdapterPlan([t % 3 - 1 for t in range(tokens)], 2)
+    return PF.multi_lora(x, a.to(x), b.to(x), plan, 0.5, **kwargs)
+
+
+CALLS = {"lora": lora, "adapter": adapter, "multi": multi}
 
 
 @pytest.fixture(params=CALLS)
@@ -137,6 +146,69 @@ def test_bitwise_as_the_long_way_adapter(dtype, case, grad, served, long_way):
     assert ADAPTER in served
     for ours, theirs in zip(*outputs, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["odd", "base_sliced", "qkv", "x_expanded", "one_dim", "all"])
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_bitwise_as_the_long_way_multi(dtype, name, grad, served, long_way):
+    case = {c.name: c for c in CASES}.get(name) or MultiLoRACase("", (4, 9), D, **EVERYTHING)
+    inputs = case.make(dtype)
+    leaves = [
+        t.requires_grad_(grad)
+        for name, t in inputs.named_tensors()
+        if name not in ("dy", "scaling")
+    ]
+    ranks = inputs.kwargs["ranks"] and [r.int() for r in inputs.kwargs["ranks"]]
+    outputs = []
+    for way in (lambda f, *a, **k: f(*a, **k), long_way):
+        torch.manual_seed(3)
+        y = torch.cat(way(PF.multi_lora, *inputs.args, **{**inputs.kwargs, "ranks": ranks}), -1)
+        grads = torch.autograd.grad(y, leaves, inputs.dy, allow_unused=True) if grad else ()
+        outputs.append((y, *grads))
+    assert MULTI in served
+    for ours, theirs in zip(*outputs, strict=True):
+        assert ours is theirs is None or torch.equal(ours, theirs)
+        assert ours is None or ours.stride() == theirs.stride()
+
+
+@pytest.mark.parametrize("name", ["odd", "base_sliced", "one_dim"])
+def test_multi_changes_the_base_as_the_long_way_does(name, served, long_way):
+    inputs = {c.name: c for c in CASES}[name].make(torch.float32)
+    found = []
+    for way in (lambda f, *a, **k: f(*a, **k), long_way):
+        bases = [torch.empty_strided(b.shape, b.stride()).copy_(b) for b in inputs.base]
+        versions = [b._version for b in bases]
+        with torch.no_grad():
+            out = way(PF.multi_lora, *inputs.args, **{**inputs.kwargs, "base_out": bases})
+        assert all(a is b for a, b in zip(out, bases, strict=True))
+        assert all(b._version > v for b, v in zip(bases, versions, strict=True))
+        found.append(bases)
+    assert served == [MULTI]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_multi_with_shared_memory_goes_the_long_way(served):
+    """Whether what is changed overlaps what is read is decided in Python."""
+    with torch.no_grad():
+        buffer = torch.randn(3, 2 * D)
+        multi(buffer[:, :D], base_out=buffer[:, D:])
+        x = torch.randn(3, D)
+        multi(x, base_out=x)
+        multi(x, base_out=torch.randn(3, D).t().contiguous().t())
+        with pytest.raises(ValueError, match="expanded"):
+            multi(x, base_out=torch.zeros(1, D).expand(3, D))
+    assert not served
+
+
+def test_a_plan_that_changes_before_the_backward_is_an_error(served):
+    plan = pelt_fast.MultiAdapterPlan([0, 1, -1], 2)
+    a, b = torch.randn(2, R, D, requires_grad=True), torch.randn(2, D, R)
+    y = PF.multi_lora(torch.randn(3, D), a, b, plan, 1.0)
+    assert served == [MULTI]
+    plan.update_([1, 1, 0])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def assert_alike(function, inputs, grad, long_way):

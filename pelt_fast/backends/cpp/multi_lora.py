@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import _C, extension_obstacles
@@ -19,23 +18,6 @@ def unsupported(problem: Any) -> list[str]:
 def priority(problem: Any) -> int:
     """Ahead of torch on a CPU."""
     return 20 if problem.device_type == "cpu" else 0
-
-
-def _call(
-    x: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    plan: Sequence[Tensor],
-    ranks: Sequence[Tensor],
-    scaling: Sequence[Tensor],
-    row_scale: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Any, ...]:
-    if row_scale is not None:
-        row_scale = row_scale.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-    dense = [[t.contiguous() for t in values] for values in (ranks, scaling)]
-    return (lora_a, lora_b, plan[1], plan[2], *dense, row_scale, dropout_p, seed)
 
 
 def multi_lora_fwd(
@@ -52,8 +34,9 @@ def multi_lora_fwd(
     inplace: bool,
 ) -> tuple[list[Tensor], Tensor]:
     """x (T, in) -> y[i] (T, out_i) and s (T, ΣR), the shrink before its scaling."""
-    call = _call(x, lora_a, lora_b, plan, ranks, scaling, row_scale, dropout_p, seed)
-    y, s = _C.multi_lora_fwd(x, base, *call, inplace)
+    y, s = _C.multi_lora_fwd(
+        x, lora_a, lora_b, base, plan, ranks, scaling, row_scale, dropout_p, seed, inplace
+    )
     return y, s
 
 
@@ -73,10 +56,10 @@ def multi_lora_bwd(
     need_da: bool,
     need_db: bool,
     need_drow_scale: bool,
-) -> tuple[Tensor | None, list[Tensor], list[Tensor], Tensor | None]:
+) -> tuple[Any, list[Any], list[Any], Any]:
     """dy[i] (T, out_i) -> dx (T, in), dA[i] (L, R, in), dB[i] (L, out_i, R), drow_scale (T,)."""
-    call = _call(x, lora_a, lora_b, plan, ranks, scaling, row_scale, dropout_p, seed)
-    found: tuple[Tensor | None, list[Tensor], list[Tensor], Tensor | None] = _C.multi_lora_bwd(
-        dy, x, s, *call, need_dx, need_da, need_db, need_drow_scale
+    found: tuple[Any, list[Any], list[Any], Any] = _C.multi_lora_bwd(
+        *(dy, x, lora_a, lora_b, s, plan, ranks, scaling, row_scale, dropout_p, seed),
+        *(need_dx, need_da, need_db, need_drow_scale),
     )
     return found
