@@ -24,6 +24,19 @@ namespace {
 
 // A stack of matrices has as many elements of a block in level 2 as this.
 constexpr int64_t kBlock = 32768, kColumns = 128, kChunk = 64;
+// Rows of a result that are changed at once.
+constexpr int64_t kBand = 12;
+// Rows of an adapter from which on its A is turned to be multiplied: a sum's lanes need no adding
+// up then.
+constexpr int64_t kMany = 32;
+// Columns of rows that are changed where they lie.
+constexpr int64_t kWide = 1024;
+
+// Rows of a batch lie in any order, which no hardware foresees: whoever goes through them says
+// which come next.
+void prefetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
 
 // One matrix (rows, columns) of T or of the accumulator's type, any strides.
 struct Matrix {
@@ -52,6 +65,7 @@ struct Stack {
 
 struct Segment {
   int64_t adapter, begin, rows; // positions in the permutation; adapter -1: none
+  int64_t all;                  // rows that the adapter has in the batch
 };
 
 template <class T>
@@ -96,14 +110,17 @@ struct Work {
   }
 
   // c (rows, n padded to lanes) = or += a (rows, k) · block (k, n) of b that begins at (k0, n0).
+  // A row's sums do not depend on how many rows there are. turn: there are enough to turn a block
+  // of b that lies along k.
   void product(int64_t rows, int64_t n, int64_t k, const A* a, int64_t lda, const Matrix& b,
-               int64_t k0, int64_t n0, A* c, int64_t ldc, bool accumulate) const {
+               int64_t k0, int64_t n0, A* c, int64_t ldc, bool accumulate,
+               bool turn = false) const {
     Workspace& w = workspace();
     const int64_t padded = round_up(n, kernels.lanes);
     int64_t ld;
     if (b.column != 1 && b.row == 1) { // along k
       const A* bt = rows_of(b.t(), n0, n, k0, k, k, w.right, ld);
-      if (k >= 8 * kernels.lanes) // shorter sums are not worth adding up their lanes
+      if (!turn && k >= 8 * kernels.lanes) // shorter sums are not worth adding up their lanes
         return kernels.dots(rows, n, k, a, lda, bt, ld, c, ldc, accumulate);
       A* turned = w.delta.template get<A>(k * padded);
       if (padded > n)
@@ -114,6 +131,17 @@ struct Work {
     }
     const A* block = rows_of(b, k0, k, n0, n, padded, w.right, ld);
     kernels.gemm_wide(rows, padded, k, a, lda, block, ld, c, ldc, accumulate);
+  }
+
+  // The same; c lies in a result, whose rows memory likes to be read and written along.
+  void product_into(int64_t rows, int64_t n, int64_t k, const A* a, int64_t lda, const Matrix& b,
+                    int64_t n0, A* c, int64_t ldc, bool accumulate) const {
+    for (int64_t r = 0; r < rows; r += kBand) {
+      for (int64_t next = r + kBand; next < std::min(rows, r + 2 * kBand); ++next)
+        prefetch(c + next * ldc, n * int64_t(sizeof(A)));
+      product(std::min(kBand, rows - r), n, k, a + r * lda, lda, b, 0, n0, c + r * ldc, ldc,
+              accumulate);
+    }
   }
 };
 
@@ -157,7 +185,7 @@ struct Call {
       const int64_t begin = end;
       end = indptr[g + 1];
       whole = begin <= end && end <= tokens;
-      if (begin < end) segments.push_back({g < adapters ? g : -1, begin, end - begin});
+      if (begin < end) segments.push_back({g < adapters ? g : -1, begin, end - begin, end - begin});
     }
     std::vector<bool> seen(tokens);
     for (int64_t t = 0; t < tokens && whole; ++t) {
@@ -169,6 +197,7 @@ struct Call {
   }
 
   int64_t n() const { return int64_t(a.size()); }
+  bool dropout() const { return bool(masks[0]); }
   int64_t rank(int64_t i, int64_t g) const {
     return std::clamp<int64_t>(call.ranks[i].const_data_ptr<int32_t>()[g], 0, most[i]);
   }
@@ -186,7 +215,7 @@ struct Call {
     std::vector<Segment> tiles;
     for (const Segment& s : segments)
       for (int64_t r = 0; r < s.rows; r += size)
-        tiles.push_back({s.adapter, s.begin + r, std::min(size, s.rows - r)});
+        tiles.push_back({s.adapter, s.begin + r, std::min(size, s.rows - r), s.all});
     at::parallel_for(0, int64_t(tiles.size()), threads == 1 ? int64_t(tiles.size()) : 1,
                      [&](int64_t from, int64_t to) {
                        for (int64_t i = from; i < to; ++i) body(tiles[i]);
@@ -212,18 +241,49 @@ struct Call {
     });
   }
 
-  // Columns [k0, k0 + kc) of the tile's rows of x in A, through projection i's mask (i < 0: none).
-  A* rows_in(const Segment& tile, const T* x, int64_t stride, int64_t k0, int64_t kc,
-             int64_t padded, int64_t i, Scratch& scratch) const {
+  // How far apart the tile's rows lie in x, in rows; 0: not evenly. A single row is its own.
+  int64_t apart(const Segment& tile) const {
+    if (tile.rows == 1) return 1;
+    const int32_t* rows = perm.data() + tile.begin;
+    const int64_t step = rows[1] - rows[0];
+    for (int64_t r = 2; r < tile.rows; ++r)
+      if (rows[r] - rows[r - 1] != step) return 0;
+    return std::max<int64_t>(step, 0);
+  }
+
+  // Columns [k0, k0 + kc) of the tile's rows of x in A, then zeros up to padded, through projection
+  // i's mask (i < 0: none): as they lie in memory where that serves, else a copy.
+  Tile<A> rows_in(const Segment& tile, const T* x, int64_t stride, int64_t k0, int64_t kc,
+                  int64_t padded, int64_t i, Scratch& scratch) const {
+    const bool masked = i >= 0 && masks[i];
+    if constexpr (std::is_same_v<T, A>) {
+      const int64_t ld = apart(tile) * stride;
+      // many rows that fall into the same cache sets are better copied
+      const bool spread = tile.rows <= 8 || ld * int64_t(sizeof(A)) % 4096 != 0;
+      if (!masked && padded == kc && ld > 0 && spread)
+        return {x + perm[tile.begin] * stride + k0, ld};
+    }
     A* out = scratch.template get<A>(tile.rows * padded);
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t t = perm[tile.begin + r];
+      if (r + 2 < tile.rows)
+        prefetch(x + perm[tile.begin + r + 2] * stride + k0, kc * int64_t(sizeof(T)));
       const uint32_t* words =
-          i < 0 || !masks[i] ? nullptr : masks[i].words(kernels, t, k0, kc, workspace().random);
+          masked ? masks[i].words(kernels, t, k0, kc, workspace().random) : nullptr;
       kernels.widen(kc, padded, x + t * stride + k0, words, words ? masks[i].threshold : 0,
                     out + r * padded);
     }
-    return out;
+    return {out, padded};
+  }
+
+  // Where the products of a tile's rows with n columns can be added: the tile's rows of y
+  // themselves, or nowhere.
+  Tile<A> rows_out(const Segment& tile, T* y, int64_t stride, int64_t n) const {
+    if constexpr (std::is_same_v<T, A>) {
+      const int64_t ld = apart(tile) * stride;
+      if (ld > 0 && n % kernels.lanes == 0) return {y + perm[tile.begin] * stride, ld};
+    }
+    return {nullptr, 0};
   }
 
   // (rank, rows), the tile's rows of s or ds turned: element (j, r) times factor(r)
@@ -334,8 +394,9 @@ MultiLoRAOutput multi_lora_fwd(const at::Tensor& x, const std::vector<OptionalTe
         const int64_t step = r ? block_of(r) : features;
         for (int64_t k0 = 0; r && k0 < features; k0 += step) {
           const int64_t kc = std::min(step, features - k0);
-          const A* left = call.rows_in(tile, from, stride, k0, kc, kc, i, w.left);
-          work.product(m, r, kc, left, kc, a.t(), k0, 0, sums, padded, k0 > 0);
+          const Tile<A> left = call.rows_in(tile, from, stride, k0, kc, kc, i, w.left);
+          work.product(m, r, kc, left.data, left.stride, a.t(), k0, 0, sums, padded, k0 > 0,
+                       tile.all >= kMany);
         }
         for (int64_t row = 0; row < m; ++row) {
           const int64_t t = call.perm[tile.begin + row];
@@ -350,21 +411,46 @@ MultiLoRAOutput multi_lora_fwd(const at::Tensor& x, const std::vector<OptionalTe
           for (int64_t j = 0; j < r; ++j) sum[j] *= factor;
         }
         if (!r && inplace) continue;
-        for (int64_t n0 = 0; n0 < width[i]; n0 += kColumns) {
-          const int64_t nc = std::min(kColumns, width[i] - n0), ld = round_up(nc, kernels.lanes);
-          A* c = w.product.template get<A>(m * ld);
-          for (int64_t row = 0; row < m; ++row) {
-            const int64_t t = call.perm[tile.begin + row];
-            if (base[i])
-              kernels.widen(nc, ld, data<T>(*base[i]) + t * base[i]->stride(0) + n0, nullptr, 0,
-                            c + row * ld);
-            else
-              std::fill_n(c + row * ld, ld, A(0));
+        // along the rank a piece of B is turned first: once for all rows, not once a band
+        const Tile<A> direct = b.row == 1 || m <= kBand
+                                   ? call.rows_out(tile, to[i], to_stride[i], width[i])
+                                   : Tile<A>{nullptr, 0};
+        for (int64_t row = 0; direct.data && !inplace && row < m; ++row) {
+          const int64_t t = call.perm[tile.begin + row];
+          A* y = const_cast<A*>(direct.data) + row * direct.stride;
+          if (base[i])
+            kernels.widen(width[i], width[i], data<T>(*base[i]) + t * base[i]->stride(0), nullptr,
+                          0, y);
+          else
+            std::fill_n(y, width[i], A(0));
+        }
+        for (int64_t n0 = 0; direct.data && r && n0 < width[i]; n0 += kWide)
+          work.product_into(m, std::min(kWide, width[i] - n0), r, sums, padded, b.t(), n0,
+                            const_cast<A*>(direct.data) + n0, direct.stride, true);
+        if (direct.data) continue;
+        // few rows and many columns of them, as they lie in memory; or, where a piece of B has to
+        // be made ready first, all rows with it
+        const bool ready = b.row == 1 && b.wide;
+        const int64_t band = ready ? kBand / 2 : m, piece = ready ? kWide : kColumns;
+        for (int64_t row0 = 0; row0 < m; row0 += band) {
+          const int64_t rows = std::min(band, m - row0);
+          for (int64_t n0 = 0; n0 < width[i]; n0 += piece) {
+            const int64_t nc = std::min(piece, width[i] - n0), ld = round_up(nc, kernels.lanes);
+            A* c = w.product.template get<A>(rows * ld);
+            for (int64_t row = 0; row < rows; ++row) {
+              const int64_t t = call.perm[tile.begin + row0 + row];
+              if (base[i])
+                kernels.widen(nc, ld, data<T>(*base[i]) + t * base[i]->stride(0) + n0, nullptr, 0,
+                              c + row * ld);
+              else
+                std::fill_n(c + row * ld, ld, A(0));
+            }
+            if (r)
+              work.product(rows, nc, r, sums + row0 * padded, padded, b.t(), 0, n0, c, ld, true);
+            for (int64_t row = 0; row < rows; ++row)
+              kernels.narrow(nc, c + row * ld, nullptr,
+                             to[i] + call.perm[tile.begin + row0 + row] * to_stride[i] + n0);
           }
-          if (r) work.product(m, nc, r, sums, padded, b.t(), 0, n0, c, ld, true);
-          for (int64_t row = 0; row < m; ++row)
-            kernels.narrow(nc, c + row * ld, nullptr,
-                           to[i] + call.perm[tile.begin + row] * to_stride[i] + n0);
         }
       }
     });
@@ -416,9 +502,10 @@ MultiLoRAGradients multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::T
           const int64_t step = block_of(r);
           for (int64_t n0 = 0; n0 < width[i]; n0 += step) {
             const int64_t nc = std::min(step, width[i] - n0);
-            const A* left =
+            const Tile<A> left =
                 call.rows_in(tile, data<T>(dy[i]), dy[i].stride(0), n0, nc, nc, -1, w.left);
-            work.product(m, r, nc, left, nc, call.b[i][g], n0, 0, of[i], padded, n0 > 0);
+            work.product(m, r, nc, left.data, left.stride, call.b[i][g], n0, 0, of[i], padded,
+                         n0 > 0, tile.all >= kMany);
           }
           for (int64_t row = 0; row < m; ++row) {
             const int64_t t = call.perm[tile.begin + row];
@@ -437,18 +524,26 @@ MultiLoRAGradients multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::T
             kernels.widen(r, r, rounded, nullptr, 0, sum);
           }
         }
+        const bool masked = call.dropout();
+        const Tile<A> direct =
+            dx && !masked ? call.rows_out(tile, dx, features, features) : Tile<A>{nullptr, 0};
         for (int64_t k0 = 0; dx && k0 < features; k0 += kColumns) {
-          const int64_t kc = std::min(kColumns, features - k0), width = round_up(kc, kernels.lanes);
-          A* c = w.product.template get<A>(m * width);
-          std::fill_n(c, m * width, A(0));
+          const int64_t kc = std::min(kColumns, features - k0);
+          const int64_t width = direct.data ? direct.stride : round_up(kc, kernels.lanes);
+          A* c =
+              direct.data ? const_cast<A*>(direct.data) + k0 : w.product.template get<A>(m * width);
+          bool begun = false;
           for (int64_t i = 0; i < call.n(); ++i) {
             if (!of[i]) continue;
             const int64_t r = call.rank(i, g), padded = round_up(r, kernels.lanes);
             const Matrix a = call.a[i][g];
-            if (!call.masks[i]) {
-              work.product(m, kc, r, of[i], padded, a, 0, k0, c, width, true);
+            if (!masked) {
+              work.product_into(m, kc, r, of[i], padded, a, k0, c, width, begun);
+              begun = true;
               continue;
             }
+            if (!begun) std::fill_n(c, m * width, A(0));
+            begun = true;
             A* delta = w.masked.template get<A>(m * width);
             work.product(m, kc, r, of[i], padded, a, 0, k0, delta, width, false);
             for (int64_t row = 0; row < m; ++row)
@@ -457,6 +552,8 @@ MultiLoRAGradients multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::T
                   call.masks[i].words(kernels, call.perm[tile.begin + row], k0, kc, w.random),
                   call.masks[i].threshold, c + row * width);
           }
+          for (int64_t row = 0; !begun && row < m; ++row) std::fill_n(c + row * width, kc, A(0));
+          if (direct.data) continue;
           for (int64_t row = 0; row < m; ++row)
             kernels.narrow(kc, c + row * width, nullptr,
                            dx + call.perm[tile.begin + row] * features + k0);
@@ -464,38 +561,41 @@ MultiLoRAGradients multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::T
       });
     }
 
-    // p (rows, rank)ᵀ · rows (rows, columns) over the segment's rows in order
-    auto sum_rows = [&](const Segment& segment, int64_t rank, int64_t columns, const auto& left,
-                        const auto& right) {
-      const int64_t ld = round_up(columns, kernels.lanes);
-      A* c = workspace().product.template get<A>(rank * ld);
+    // p (rows, rank)ᵀ · rows (rows, columns) over the segment's rows in order, into columns [first,
+    // first + columns) of a slot's gradient: element (j, column) lies at j · along_rank + column ·
+    // along_columns, and one of these is 1
+    auto sum_rows = [&](const at::Tensor& to, int64_t along_rank, int64_t along_columns,
+                        const Segment& segment, int64_t rank, int64_t columns, int64_t first,
+                        const auto& left, const auto& right) {
+      const bool wide = to.scalar_type() == at::CppTypeToScalarType<A>::value;
+      const int64_t padded = round_up(columns, kernels.lanes),
+                    start = segment.adapter * to.stride(0) + first * along_columns;
+      const bool there = wide && along_columns == 1 && padded == columns;
+      const int64_t ld = there ? along_rank : padded;
+      A* c = there ? static_cast<A*>(to.mutable_data_ptr()) + start
+                   : workspace().product.template get<A>(rank * ld);
       for (int64_t r = 0; r < segment.rows; r += kChunk) {
-        const Segment chunk{segment.adapter, segment.begin + r, std::min(kChunk, segment.rows - r)};
-        const A* rows = right(chunk, ld);
-        kernels.gemm_wide(rank, ld, chunk.rows, left(chunk), chunk.rows, rows, ld, c, ld, r > 0);
+        const Segment chunk{segment.adapter, segment.begin + r, std::min(kChunk, segment.rows - r),
+                            segment.all};
+        const Tile<A> rows = right(chunk, padded);
+        kernels.gemm_wide(rank, padded, chunk.rows, left(chunk), chunk.rows, rows.data, rows.stride,
+                          c, ld, r > 0);
       }
-      return c;
-    };
-    // columns [first, first + columns) of a slot's gradient, the sum c (rank, columns): element
-    // (j, column) lies at j · along_rank + column · along_columns, and one of these is 1
-    auto write = [&](const at::Tensor& to, int64_t g, int64_t along_rank, int64_t along_columns,
-                     int64_t rank, int64_t columns, int64_t first, const A* c) {
-      int64_t rows = rank, length = columns, ld = round_up(columns, kernels.lanes),
-              stride = along_rank;
+      if (there) return;
+      int64_t lines = rank, length = columns, apart = ld, stride = along_rank;
       if (along_columns != 1) {
         A* other = workspace().delta.template get<A>(columns * rank);
         kernels.transpose(rank, columns, c, ld, other, rank);
         c = other;
-        rows = columns, length = rank, ld = rank, stride = along_columns;
+        lines = columns, length = rank, apart = rank, stride = along_columns;
       }
-      const int64_t start = g * to.stride(0) + first * along_columns;
-      const bool wide = to.scalar_type() == at::CppTypeToScalarType<A>::value;
-      for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t i = 0; i < lines; ++i) {
         const int64_t at = start + i * stride;
         if (wide)
-          std::copy_n(c + i * ld, length, static_cast<A*>(to.mutable_data_ptr()) + at);
+          std::copy_n(c + i * apart, length, static_cast<A*>(to.mutable_data_ptr()) + at);
         else
-          kernels.narrow(length, c + i * ld, nullptr, static_cast<T*>(to.mutable_data_ptr()) + at);
+          kernels.narrow(length, c + i * apart, nullptr,
+                         static_cast<T*>(to.mutable_data_ptr()) + at);
       }
     };
     std::vector<at::Tensor> da, db;
@@ -506,8 +606,8 @@ MultiLoRAGradients multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::T
                                                               int64_t first, int64_t columns) {
         Workspace& w = workspace();
         const int64_t r = call.rank(i, segment.adapter);
-        A* c = sum_rows(
-            segment, r, columns,
+        sum_rows(
+            da[i], da[i].stride(1), da[i].stride(2), segment, r, columns, first,
             [&](const Segment& chunk) {
               return call.turned(
                   chunk, shrunk, call.offset[i], r, [&](int64_t) { return call.keep; },
@@ -516,7 +616,6 @@ MultiLoRAGradients multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::T
             [&](const Segment& chunk, int64_t ld) {
               return call.rows_in(chunk, data<T>(x), x.stride(0), first, columns, ld, i, w.right);
             });
-        write(da[i], segment.adapter, da[i].stride(1), da[i].stride(2), r, columns, first, c);
       });
     }
     if (need_db) {
@@ -525,8 +624,8 @@ MultiLoRAGradients multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::T
       call.sums(width, [&](const Segment& segment, int64_t i, int64_t first, int64_t columns) {
         Workspace& w = workspace();
         const int64_t g = segment.adapter, r = call.rank(i, g);
-        A* c = sum_rows(
-            segment, r, columns,
+        sum_rows(
+            db[i], db[i].stride(2), db[i].stride(1), segment, r, columns, first,
             [&](const Segment& chunk) {
               return call.turned(
                   chunk, forward, call.offset[i], r,
@@ -536,7 +635,6 @@ MultiLoRAGradients multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::T
               return call.rows_in(chunk, data<T>(dy[i]), dy[i].stride(0), first, columns, ld, -1,
                                   w.right);
             });
-        write(db[i], g, db[i].stride(2), db[i].stride(1), r, columns, first, c);
       });
     }
     for (int64_t i = 0; i < call.n(); ++i) {
