@@ -10,6 +10,7 @@
 #include "cpu/isa.h"
 #include "cpu/lora.h"
 #include "cpu/memory.h"
+#include "cpu/multi_elementwise.h"
 #include "cpu/multi_lora.h"
 #include "cpu/packed.h"
 #include "cpu/prefix.h"
@@ -298,6 +299,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("diff_pruning_bwd", &pelt_fast::diff_pruning_bwd, release());
   m.def("masking_fwd", &pelt_fast::masking_fwd, release());
   m.def("masking_bwd", &pelt_fast::masking_bwd, release());
+  m.def("multi_elementwise_fwd", &pelt_fast::multi_elementwise_fwd, release());
+  m.def("multi_elementwise_bwd", &pelt_fast::multi_elementwise_bwd, release());
   m.def("is_direct", &pelt_fast::is_direct);
   m.def("ordinary_lora_linear", &pelt_fast::ordinary_lora_linear);
   m.def("ordinary_adapter", &ordinary_adapter);

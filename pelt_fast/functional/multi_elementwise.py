@@ -47,7 +47,7 @@ def multi_elementwise(
         scales: (L, features) or None; x's dtype, or float32 over a half; under autocast any of the four.
         biases: (L, features) or None, likewise. One of the two at least.
         plan: of as many tokens as x has rows, in x's row order, on x's device.
-        backend: "auto", "torch" or "reference"; None: what ``use_backend`` or ``PELT_FAST_BACKEND`` says.
+        backend: "auto", "torch", "cpp" or "reference"; None: what ``use_backend`` or ``PELT_FAST_BACKEND`` says.
 
     Returns:
         y of x's shape and dtype.

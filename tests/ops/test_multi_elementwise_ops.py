@@ -11,28 +11,35 @@ from pelt_fast.ops import multi_elementwise_bwd, multi_elementwise_fwd
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
-def calls(tokens=5, transposed=False):
+@pytest.fixture(params=["torch", "cpp"])
+def name(request):
+    if request.param == "cpp":
+        pytest.importorskip("pelt_fast.backends.cpp")
+    return request.param
+
+
+def calls(backend, tokens=5, transposed=False):
     plan = list(MultiAdapterPlan([0, -1, 2, 2, 0][:tokens], 3).arrays[:3])
     x, dy = torch.randn(2, tokens, 4, dtype=torch.bfloat16)
     if transposed:
         x, dy = (t.T.contiguous().T for t in (x, dy))
     scales, biases = torch.randn(2, 3, 4)
     for parts in ((scales, biases), (scales, None), (None, biases)):
-        yield multi_elementwise_fwd, (x, *parts, plan, "torch")
+        yield multi_elementwise_fwd, (x, *parts, plan, backend)
     for needs in ((True, True, True), (True, False, False), (False, False, True)):
         given = x if needs[1] else None, scales if needs[0] else None
-        yield multi_elementwise_bwd, (dy, *given, plan, *needs, "torch")
+        yield multi_elementwise_bwd, (dy, *given, plan, *needs, backend)
 
 
 @pytest.mark.parametrize("tokens", [5, 0])
-def test_opcheck(tokens):
-    for operator, arguments in calls(tokens):
+def test_opcheck(tokens, name):
+    for operator, arguments in calls(name, tokens):
         torch.library.opcheck(operator.overload, arguments)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_fakes_promise_what_the_operators_give(transposed):
-    for operator, arguments in calls(transposed=transposed):
+def test_fakes_promise_what_the_operators_give(transposed, name):
+    for operator, arguments in calls(name, transposed=transposed):
         with FakeTensorMode() as mode:
             move = mode.from_tensor
             fake = operator(*torch.utils._pytree.tree_map_only(torch.Tensor, move, arguments))
