@@ -303,6 +303,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("multi_elementwise_bwd", &pelt_fast::multi_elementwise_bwd, release());
   m.def("is_direct", &pelt_fast::is_direct);
   m.def("ordinary_lora_linear", &pelt_fast::ordinary_lora_linear);
+  m.def("ordinary_frozen_linear", &pelt_fast::ordinary_frozen_linear);
   m.def("ordinary_adapter", &ordinary_adapter);
   m.def("ordinary_compacter", &ordinary_compacter);
   m.def("ordinary_fusion", &ordinary_fusion);

@@ -22,6 +22,7 @@
 #include "cpu/fusion.h"
 #include "cpu/gated_lora.h"
 #include "cpu/lora.h"
+#include "cpu/lora_pass.h"
 #include "cpu/multi_lora.h"
 #include "cpu/shape.h"
 
@@ -246,6 +247,28 @@ py::object ordinary_lora_linear(py::handle x, py::handle weight, py::handle bias
     y = from_rows(std::get<0>(lora_linear_fwd(to_rows(reader.x()), *w, b, as, bs, biases, factors,
                                               rates, std::nullopt)),
                   reader.x());
+  }
+  return py::cast(y);
+}
+
+py::object ordinary_frozen_linear(py::handle x, py::handle weight, py::handle bias) {
+  Reader reader(x);
+  if (!reader.ordinary) return py::none();
+  const int64_t in = reader.x().size(-1), tokens = reader.x().numel() / in;
+  const bool half = reader.x().element_size() == 2;
+  // a matrix times a vector is torch's, and of wide types what is worth packing x for
+  if (tokens < 2 || (!half && tokens > kFewRows)) return py::none();
+  const at::Tensor* w = reader.matrix(weight, -1, in, false);
+  if (!w || w->requires_grad() || w->is_inference()) return py::none();
+  const OptionalTensor b = reader.vector(bias, w->size(0), false);
+  if (!reader.ordinary) return py::none();
+  if (reader.gradient) return half ? py::cast(true) : py::none();
+  OptionalTensor y;
+  {
+    py::gil_scoped_release release;
+    const at::NoGradGuard no_grad;
+    y = frozen_linear(to_rows(reader.x()), *w, b);
+    if (y) y = from_rows(*y, reader.x());
   }
   return py::cast(y);
 }

@@ -23,6 +23,10 @@ pybind11::object ordinary_lora_linear(pybind11::handle x, pybind11::handle weigh
                                       pybind11::handle lora_b, pybind11::handle scaling,
                                       pybind11::handle lora_bias, pybind11::handle dropout_p,
                                       bool training);
+// Of a frozen weight: returns None also where the packed product would bring nothing, and True
+// where it brings something and a gradient is wanted.
+pybind11::object ordinary_frozen_linear(pybind11::handle x, pybind11::handle weight,
+                                        pybind11::handle bias);
 pybind11::object ordinary_gated_lora_linear(pybind11::handle x, pybind11::handle weight,
                                             pybind11::handle bias, pybind11::handle lora_a,
                                             pybind11::handle lora_b, pybind11::handle gate_weight,

@@ -42,6 +42,28 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
   return {y, s};
 }
 
+OptionalTensor frozen_linear(const at::Tensor& x, const at::Tensor& weight,
+                             const OptionalTensor& bias) {
+  OptionalTensor y;
+  with_engine(x.scalar_type(), [&](const auto& engine) {
+    using E = std::decay_t<decltype(engine)>;
+    using T = typename E::T;
+    const auto pack =
+        packed_in_room(weight, x.scalar_type(), engine.strip(), kPair<T>, kPair<T>);
+    if (!pack) return;
+    const Adapters none;
+    const at::Tensor biases = total_bias<typename E::A>(bias, {}, {});
+    y = empty_rows(x.size(0), weight.size(0), x.options());
+    const Plan plan(x.size(0), x.size(0) * weight.numel(), E::kBlockRows, E::kRowUnit);
+    Pass<E> pass{engine, data<T>(x), x.size(0), x.size(1), x.stride(0), pack.get(), nullptr, none};
+    if (biases.defined()) pass.bias = data<typename E::A>(biases);
+    pass.shrinks = false;
+    pass.y = static_cast<T*>(y->mutable_data_ptr());
+    run_pass(pass, plan, [](int64_t) {}, [](int64_t, int64_t, int64_t) {});
+  });
+  return y;
+}
+
 LoRAGradients lora_linear_bwd(const at::Tensor& dy, const OptionalTensor& x,
                               const at::Tensor& weight, const std::vector<at::Tensor>& lora_a,
                               const std::vector<at::Tensor>& lora_b, const OptionalTensor& s,

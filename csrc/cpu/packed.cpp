@@ -170,10 +170,11 @@ struct Entry {
 class Cache {
  public:
   std::shared_ptr<const Packed> get(const at::Tensor& source, at::ScalarType dtype, int64_t strip,
-                                    int64_t pair, int64_t k_unit, bool trained, bool ours) {
+                                    int64_t pair, int64_t k_unit, bool trained, bool ours,
+                                    bool in_room) {
     // an inference tensor counts no versions: what is not read whole could change unseen
     if (source.is_inference() && !is_read_whole(source, trained))
-      return make(source, dtype, strip, pair, k_unit);
+      return in_room ? nullptr : make(source, dtype, strip, pair, k_unit);
     c10::StorageImpl* storage = source.storage().unsafeGetStorageImpl();
     const Key key{storage,
                   {source.storage_offset(), source.size(0), source.size(1), source.stride(0),
@@ -194,6 +195,8 @@ class Cache {
         }
       }
     }
+    if (in_room && bytes() + source.numel() * int64_t(c10::elementSize(dtype)) > limit())
+      return nullptr;
     auto pack = make(source, dtype, strip, pair,
                      k_unit); // outside the lock: it takes long and uses other threads
     if (ours) contents = fingerprint(source, trained); // for who asks for it as another's
@@ -218,6 +221,11 @@ class Cache {
     std::lock_guard<std::mutex> lock(mutex_);
     forget_freed();
     return bytes_;
+  }
+
+  int64_t limit() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return limit_;
   }
 
   void clear() {
@@ -269,7 +277,12 @@ Cache& cache() {
 
 std::shared_ptr<const Packed> packed(const at::Tensor& source, at::ScalarType dtype, int64_t strip,
                                      int64_t pair, int64_t k_unit, bool trained, bool ours) {
-  return cache().get(source, dtype, strip, pair, k_unit, trained, ours);
+  return cache().get(source, dtype, strip, pair, k_unit, trained, ours, false);
+}
+
+std::shared_ptr<const Packed> packed_in_room(const at::Tensor& source, at::ScalarType dtype,
+                                             int64_t strip, int64_t pair, int64_t k_unit) {
+  return cache().get(source, dtype, strip, pair, k_unit, false, false, true);
 }
 
 std::optional<uint64_t> fingerprint_of(const std::vector<at::Tensor>& tensors) {

@@ -33,6 +33,11 @@ std::shared_ptr<const Packed> packed(const at::Tensor& source, at::ScalarType dt
                                      int64_t pair, int64_t k_unit, bool trained = false,
                                      bool ours = false);
 
+// The same, of a source that is not trained; null where it would have to be made and there is no
+// room for it beside what is kept.
+std::shared_ptr<const Packed> packed_in_room(const at::Tensor& source, at::ScalarType dtype,
+                                             int64_t strip, int64_t pair, int64_t k_unit);
+
 // What identifies these tensors and their contents, by the same rules as a pack's source:
 // addresses, versions, and hashes (all of a small tensor, a walk through every row and column of a
 // large one). Nothing where one of them is a large inference tensor, or is not in the CPU's memory.

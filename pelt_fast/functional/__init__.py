@@ -19,6 +19,7 @@ from .delta import (
     explain_masked_linear,
     masked_linear,
 )
+from .frozen import frozen_linear
 from .fusion import adapter_fusion, explain_adapter_fusion
 from .fusion_cache import clear_folded, folded_bytes
 from .gated_lora import explain_gated_lora_linear, gated_lora_linear
@@ -43,6 +44,7 @@ __all__ = [
     "diff_pruning_weight",
     "explain",
     "folded_bytes",
+    "frozen_linear",
     "gated_lora_linear",
     "lora_linear",
     "masked_linear",

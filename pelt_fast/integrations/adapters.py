@@ -10,14 +10,15 @@ from adapters.methods.invertible import InvertibleAdapterLayer
 from torch import nn
 
 from . import (
+    adapters_attention,
     adapters_bottleneck,
     adapters_invertible,
     adapters_lora,
     adapters_paper,
     adapters_prefix,
 )
-from .adapters_class import Accelerated, is_fast, is_served
-from .adapters_grouped import group
+from .adapters_class import Accelerated, is_fast
+from .adapters_grouped import grouped_class
 from .obstacles import type_name
 from .report import Report
 from .stacked_lora import forget
@@ -38,12 +39,12 @@ def has_layers(model: nn.Module) -> bool:
 
 
 class _Accelerated(list[nn.Module]):
-    """Accelerated layers of a model; those that are so in mixed batches alone do not count."""
+    """Accelerated layers of a model; those that a report does not speak of do not count."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.grouped: list[nn.Module] = []
+        self.uncounted: list[nn.Module] = []
 
 
 def accelerate(model: nn.Module, compat: str | None = None) -> Report:
@@ -53,27 +54,22 @@ def accelerate(model: nn.Module, compat: str | None = None) -> Report:
         adapters_paper.check(model)
     report = Report(library="adapters", compat=compat)
     base_dtype = _base_dtype(model)
-    grouped: list[nn.Module] = []
+    changed: list[nn.Module] = []
     for name, module in model.named_modules():
-        if group(module):
-            grouped.append(module)
+        already = isinstance(module, Accelerated) and module.serves
+        fast, reason = (type(module), None) if already else _fast_class(module)
+        if fast is not None and not already:
+            module.__class__ = fast
+            changed.append(module)
         family = _family(module)
-        if family is None:
-            reason = _other_method(module)
-        elif not family.concerns(module):
+        if family is None or not family.concerns(module):
+            if family is None and reason is not None:
+                report.left[name] = reason
             continue
-        elif is_served(module):
-            reason = None
-            report.already.append(name)
-        else:
-            reason = family.why_left(module)
-            if reason is None:
-                module.__class__ = family.accelerated_class(type(module))
-                report.replaced.append(name)
         if reason is not None:
             report.left[name] = reason
-        if family is None or reason is not None:
             continue
+        (report.already if already else report.replaced).append(name)
         state = family.describe(module, base_dtype)
         if isinstance(state, str):
             report.waiting[name] = state
@@ -85,7 +81,7 @@ def accelerate(model: nn.Module, compat: str | None = None) -> Report:
     try:
         adapters_paper.check_gates(model)
     except ValueError:
-        _give_back([*grouped, *(model.get_submodule(name) for name in report.replaced)])
+        _give_back(changed)
         raise
     adapters_paper.turn_on(model)
     return report
@@ -105,14 +101,16 @@ def accelerated_layers(model: nn.Module) -> _Accelerated:
                     f"cannot restore {name!r}: another library has since made it a "
                     f"{type_name(module)}; undo that first"
                 )
-            (layers if is_served(module) else layers.grouped).append(module)
+            family = _family(module)
+            counts = module.serves and family is not None and family.concerns(module)
+            (layers if counts else layers.uncounted).append(module)
     return layers
 
 
 def restore(layers: _Accelerated) -> None:
     """Gives accelerated layers the library's class back; see ``pelt_fast.restore``."""
     adapters_paper.turn_off(layers.model)
-    _give_back([*layers, *layers.grouped])
+    _give_back([*layers, *layers.uncounted])
 
 
 def _give_back(layers: list[nn.Module]) -> None:
@@ -120,6 +118,18 @@ def _give_back(layers: list[nn.Module]) -> None:
         assert isinstance(module, Accelerated)
         forget(module)
         module.__class__ = module.library_class
+
+
+def _fast_class(module: nn.Module) -> tuple[type | None, str | None]:
+    """The class that the module gets, if any, and why it is left to the library, if it is."""
+    grouped = grouped_class(module)
+    family = _family(module)
+    if family is None:
+        attention = adapters_attention.serves(module)
+        served = adapters_attention.accelerated_class(type(module)) if attention else None
+        return grouped or served, _other_method(module)
+    reason = family.why_left(module)
+    return (family.accelerated_class(type(module)) if reason is None else grouped), reason
 
 
 def _family(module: nn.Module) -> ModuleType | None:

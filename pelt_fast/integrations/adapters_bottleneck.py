@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..functional import PHM, explain
 from ..nn.bottleneck_block import BottleneckSpec, bottleneck_block, bottleneck_core
 from ..nn.fusion_block import FusionSpec, fusion_block
-from .adapters_class import REPORT_TOKENS, Accelerated, fast_class, methods_obstacle
+from .adapters_class import REPORT_TOKENS, FastLayer, fast_class, methods_obstacle
 from .adapters_fusion_operands import fuse_spec, fusion_spec, leave_behind, single_fuse
 from .adapters_mixed import by_setup, check_recomputed, mixed_batch_at
 from .adapters_operands import adapter_spec, block_spec, core_spec, fuses, single_adapter
@@ -32,6 +32,7 @@ _METHODS = (
     "compose_fuse",
     "compose_single",
     "pre_block",
+    "get_active_setup",
 )
 
 
@@ -39,7 +40,7 @@ class _FuseState(BottleneckState):
     """The state inside a ``Fuse``, which reads what the up projection returned besides the result."""
 
 
-class FastBottleneckLayer(Accelerated, BottleneckLayer):
+class FastBottleneckLayer(FastLayer, BottleneckLayer):
     """A bottleneck layer with fast adapters."""
 
     def bottleneck_layer_forward(

@@ -46,11 +46,7 @@ class GroupedInvertible(Grouped):
 _MIXINS: dict[type, type] = {LoRAMergedLinear: Grouped, InvertibleAdapterLayer: GroupedInvertible}
 
 
-def group(module: nn.Module) -> bool:
-    """Gives the module the class that knows mixed batches, if it is one of these."""
-    library_class: type = type(module)
-    mixin = _MIXINS.get(library_class)
-    if mixin is None:
-        return False
-    module.__class__ = fast_class(mixin, library_class)
-    return True
+def grouped_class(module: nn.Module) -> type | None:
+    """The class that knows mixed batches, if the module is one of these."""
+    mixin = _MIXINS.get(type(module))
+    return None if mixin is None else fast_class(mixin, type(module))

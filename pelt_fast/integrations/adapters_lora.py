@@ -15,8 +15,8 @@ import torch
 from adapters.methods.lora import LoRA, LoRALayer, LoRALinear, LoRALinearTorch
 from torch import Tensor, nn
 
-from ..functional import MAX_RANK, explain, gated_lora_linear, lora_linear
-from .adapters_class import REPORT_TOKENS, Accelerated, fast_class, library_type, methods_obstacle
+from ..functional import MAX_RANK, explain, frozen_linear, gated_lora_linear, lora_linear
+from .adapters_class import REPORT_TOKENS, FastLayer, fast_class, library_type, methods_obstacle
 from .adapters_mixed import check_recomputed, mixed_batch_at
 from .adapters_mixed_lora import mixed_lora
 from .adapters_operands import _context_obstacle
@@ -53,20 +53,23 @@ class _Operands(NamedTuple):
     name: str
 
 
-class FastLoRALinear(Accelerated, LoRALinearTorch):
+class FastLoRALinear(FastLayer, LoRALinearTorch):
     """A linear layer with a fast LoRA."""
 
     def forward(self, input_states: Tensor) -> Tensor:
         """As the library's, which runs wherever a call is not served."""
+        setup = self.get_active_setup()
+        if setup is None and not (self.merged or self.fan_in_fan_out):
+            check_recomputed(self)
+            return frozen_linear(input_states, parameter(self, "weight"), parameter(self, "bias"))
         operands = _operands(self, input_states)
         check_recomputed(self)
         if isinstance(operands, str):
             batch = mixed_batch_at(self)
             if batch is not None:
                 return mixed_lora(self, batch, input_states, functools.partial(_operands_of, self))
-            layer: Any = self
-            setup = layer.get_active_setup()
             if setup is not None:
+                layer: Any = self
                 refuse(operands, layer.loras, setup.flatten())
             theirs: Tensor = super().forward(input_states)
             return theirs

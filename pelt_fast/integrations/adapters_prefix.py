@@ -24,7 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..dispatch import FEW_KEYS
 from ..nn.kept import keep
 from ..nn.prefix import by_layer, for_batch
-from .adapters_class import Accelerated, fast_class, methods_obstacle
+from .adapters_class import Accelerated, FastLayer, fast_class, methods_obstacle
 from .adapters_mixed import mixed_batch_at
 from .adapters_mixed_prefix import mixed_prefix
 from .adapters_paper import token_mean
@@ -33,7 +33,7 @@ from .obstacles import LINEAR, dtype_name, module_obstacle, parameter, type_name
 
 LIBRARY = (PrefixTuningLayer, PrefixTuning)
 # of the library, which a subclass could have replaced and the fast layer would pass by
-_METHODS = ("forward", "compose", "compose_stack", "compose_single", "pre_block")
+_METHODS = ("forward", "compose", "compose_stack", "compose_single", "pre_block", "get_active_setup")
 
 
 class FastPrefixTuning(Accelerated, PrefixTuning):
@@ -53,7 +53,7 @@ class FastPrefixTuning(Accelerated, PrefixTuning):
         return for_batch(states, batch_size, module.dropout if _drops(module) else None)
 
 
-class FastPrefixTuningLayer(Accelerated, PrefixTuningLayer):
+class FastPrefixTuningLayer(FastLayer, PrefixTuningLayer):
     """The prefixes of one attention layer."""
 
     def forward(
