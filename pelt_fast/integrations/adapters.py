@@ -17,7 +17,7 @@ from . import (
     adapters_paper,
     adapters_prefix,
 )
-from .adapters_class import Accelerated, is_fast
+from .adapters_class import Accelerated, is_fast, is_served
 from .adapters_grouped import grouped_class
 from .obstacles import type_name
 from .report import Report
@@ -56,7 +56,7 @@ def accelerate(model: nn.Module, compat: str | None = None) -> Report:
     base_dtype = _base_dtype(model)
     changed: list[nn.Module] = []
     for name, module in model.named_modules():
-        already = isinstance(module, Accelerated) and module.serves
+        already = is_served(module)
         fast, reason = (type(module), None) if already else _fast_class(module)
         if fast is not None and not already:
             module.__class__ = fast
@@ -102,7 +102,7 @@ def accelerated_layers(model: nn.Module) -> _Accelerated:
                     f"{type_name(module)}; undo that first"
                 )
             family = _family(module)
-            counts = module.serves and family is not None and family.concerns(module)
+            counts = is_served(module) and family is not None and family.concerns(module)
             (layers if counts else layers.uncounted).append(module)
     return layers
 

@@ -35,7 +35,7 @@ class FastAttention(Accelerated):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Gives the subclass, which stands for one of the library's classes, that class's forward."""
         super().__init_subclass__(**kwargs)
-        cls.forward = _without_copies(cls.library_class.forward)  # type: ignore[attr-defined, assignment]
+        cls.forward = _without_copies(cls.library_class.forward)  # type: ignore[attr-defined]
 
 
 def accelerated_class(library_class: type) -> type:

@@ -74,6 +74,11 @@ def is_fast(module: nn.Module) -> bool:
     return "library_class" in type(module).__dict__
 
 
+def is_served(module: nn.Module) -> bool:
+    """Whether the module computes itself what is not a mixed batch."""
+    return isinstance(module, Accelerated) and module.serves
+
+
 def library_type(module: nn.Module) -> type:
     """The library's class of a module, whether it has a fast one or not."""
     found: type = getattr(type(module), "library_class", type(module))

@@ -48,5 +48,6 @@ _MIXINS: dict[type, type] = {LoRAMergedLinear: Grouped, InvertibleAdapterLayer: 
 
 def grouped_class(module: nn.Module) -> type | None:
     """The class that knows mixed batches, if the module is one of these."""
-    mixin = _MIXINS.get(type(module))
-    return None if mixin is None else fast_class(mixin, type(module))
+    library_class: type = type(module)
+    mixin = _MIXINS.get(library_class)
+    return None if mixin is None else fast_class(mixin, library_class)
