@@ -87,7 +87,7 @@ def current() -> Tokens | None:
     """The tokens of this forward under ``compat="paper"``; None under ``compat="adapters"``."""
     context = ForwardContext.get_context()
     found: Tokens | None = getattr(context, _ATTRIBUTE, None)
-    if found is None:
+    if found is None and _checked:  # a compiler does not know a ContextVar
         found = _entered.get()
         if found is not None and context is not None:
             setattr(context, _ATTRIBUTE, found)
