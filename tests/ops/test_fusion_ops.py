@@ -126,7 +126,8 @@ def test_compiles_as_one_graph(able):
         pytest.param(HOULSBY, (13, 17), id="houlsby", marks=pytest.mark.slow),
         pytest.param(EVERYTHING, (13, 17, 40), id="folded", marks=pytest.mark.slow),
         pytest.param(PFEIFFER, (13, 17, 40), id="pfeiffer", marks=pytest.mark.slow),
-        pytest.param(EVERYTHING, (2, 3, 5), id="few_tokens", marks=pytest.mark.slow),
+        # no size equal to another: one symbol would stand for both
+        pytest.param(EVERYTHING, (4, 5, 6), id="few_tokens", marks=pytest.mark.slow),
     ],
 )
 def test_same_results_for_every_number_of_tokens_from_one_graph(block, tokens, able):
