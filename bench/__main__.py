@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from . import environment, plots, report
+from . import environment, mixed, plots, report
 from .data import MissingPackage
 from .families import FAMILIES, family_of
 from .finetune import FineTune, finetune, plans
@@ -31,11 +31,13 @@ QUICK_S = {
     "finetune": dict.fromkeys(METHODS, 60.0),
     "table": QUICK_BUDGET_S,
     "users": {report.USERS_FAMILY: users.QUICK_S},
+    "mixed": {report.USERS_FAMILY: mixed.QUICK_S},
 }
 FULL_S = {
     "finetune": dict.fromkeys(METHODS, 450.0),
     "table": FULL_BUDGET_S,
     "users": {report.USERS_FAMILY: users.WHOLE_S},
+    "mixed": {report.USERS_FAMILY: mixed.WHOLE_S},
 }
 """By part and family."""
 
@@ -67,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     tunes: list[FineTune] = []
     served: dict[str, Any] | None = None
+    together: dict[str, Any] | None = None
     try:
         if "finetune" in budget:
             tunes = _finetune(families, device, budget["finetune"], options.full, console)
@@ -76,10 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MissingPackage as missing:
         failed = True
         console.print(f"[red]fine-tune not run:[/] {missing}", highlight=False)
+    if "mixed" in budget:
+        together = _mixed(device, budget["mixed"], console)
+        failed |= bool(together["wrong"])
     if "table" in budget:
         rows, ok = _table(families, device, budget["table"], options.full, console)
         failed |= not ok
-    results = merged(collect(meta, rows, tunes, served), folder)
+    results = merged(collect(meta, rows, tunes, served, together), folder)
     save(results, folder)
     _present(load(folder), folder, options.readme, console)
     return 1 if failed else 0
@@ -92,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--only",
-        choices=("finetune", "table", "users", "report"),
+        choices=("finetune", "table", "users", "mixed", "report"),
         help="a part; report: from the last results",
     )
     parser.add_argument(
@@ -142,6 +148,15 @@ def _users(device: torch.device, budget_s: float, whole: bool, console: Console)
         found = users.run(device, budget_s, whole, tell)
     for text in found["wrong"]:
         console.print(f"users: {text}", style="red", highlight=False, markup=False)
+    return found
+
+
+def _mixed(device: torch.device, budget_s: float, console: Console) -> dict[str, Any]:
+    with progress_bar(console) as progress:
+        progress.add_task("mixed batches", total=None)
+        found = mixed.run(device, budget_s)
+    for text in found["wrong"]:
+        console.print(f"mixed batches: {text}", style="red", highlight=False, markup=False)
     return found
 
 

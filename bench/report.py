@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from . import finetune_tables
+from . import finetune_tables, mixed
 from .adapter import tables as adapter_tables
 from .compacter import tables as compacter_tables
 from .delta import tables as delta_tables
@@ -31,7 +31,7 @@ SECTIONS: dict[str, Any] = {
 }
 """By family, what has a TITLE, `tables` and `headlines`."""
 USERS_FAMILY = "multi_lora"
-"""Whose section the users of one model stand in."""
+"""Whose section the users of one model stand in, and batches of different methods."""
 PICTURES = {
     "overhead.png": "PELT overhead of the LoRA linear by shape",
     "adapter.png": "Cost of a bottleneck adapter by shape, in units of the layernorm",
@@ -46,6 +46,7 @@ def tables(results: Results, family: str) -> list[TextTable]:
     found = [
         finetune_tables.table(finetunes_of(results, family)),
         *(users_tables.tables(results.get("users")) if family == USERS_FAMILY else []),
+        *(mixed.tables(results.get("mixed")) if family == USERS_FAMILY else []),
         *SECTIONS[family].tables(rows_of(results, family), results["meta"]),
     ]
     return [table for table in found if table.rows]
@@ -54,7 +55,9 @@ def tables(results: Results, family: str) -> list[TextTable]:
 def headlines(results: Results, family: str) -> list[str]:
     """The family's results in a few sentences."""
     lines = [finetune_tables.headline(one) for one in finetunes_of(results, family)]
-    lines += users_tables.headlines(results.get("users")) if family == USERS_FAMILY else []
+    if family == USERS_FAMILY:
+        lines += users_tables.headlines(results.get("users"))
+        lines += mixed.headlines(results.get("mixed"))
     return lines + SECTIONS[family].headlines(rows_of(results, family))
 
 

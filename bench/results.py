@@ -22,12 +22,14 @@ def collect(
     rows: Sequence[Row],
     finetunes: Sequence[FineTune],
     users: dict[str, Any] | None = None,
+    mixed: dict[str, Any] | None = None,
 ) -> Results:
     return {
         "meta": meta,
         "kernels": [_row(row) for row in _in_order(rows)],
         "finetune": [_finetune(one) for one in finetunes],
         "users": _rounded(users),
+        "mixed": _rounded(mixed),
     }
 
 
@@ -72,7 +74,7 @@ def merged(new: Results, folder: Path) -> Results:
         **new,
         "kernels": fresh_or_old("kernels", lambda row: row["family"]),
         "finetune": fresh_or_old("finetune", lambda one: one["plan"]["method"]),
-        "users": new.get("users") or old.get("users"),
+        **{part: new.get(part) or old.get(part) for part in ("users", "mixed")},
     }
 
 

@@ -165,7 +165,7 @@ def _check_prefixes(base: Any, layers: Iterable[PrefixTuningLayer], batch: Mixed
         former = seen.setdefault(layer.location_key, lengths)
         if len({*lengths, *former}) == 1:
             continue
-        found = f"the batch has prefixes of {', '.join(map(str, lengths))} tokens"
+        found = f"the batch has prefixes of {_listed(lengths)} tokens"
         if kind not in MODELS:
             raise ValueError(
                 f"{found} in one layer of a model of type {kind!r}, whose attention is not known to exclude what is "
@@ -173,7 +173,7 @@ def _check_prefixes(base: Any, layers: Iterable[PrefixTuningLayer], batch: Mixed
             )
         if kind in BY_COLUMN and former != lengths:
             raise ValueError(
-                f"{found} in layer {layer.layer_idx}, and of {', '.join(map(str, former))} in another one; layers of "
+                f"{found} in layer {layer.layer_idx}, and of {_listed(former)} in another one; layers of "
                 f"a model of type {kind!r} share one bias, expected the same in all of them"
             )
         attention = base.config._attn_implementation
@@ -182,6 +182,10 @@ def _check_prefixes(base: Any, layers: Iterable[PrefixTuningLayer], batch: Mixed
                 f"{found} in one layer, which needs a mask that attention of type {attention!r} does not take; "
                 f"expected {' or '.join(_ATTENTIONS)}"
             )
+
+
+def _listed(lengths: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(set(lengths))))
 
 
 def _modules(layer: Any) -> Iterable[str]:

@@ -158,4 +158,21 @@ def results() -> dict[str, Any]:
             for method in ("lora", "adapter")
         ],
         "users": users,
+        "mixed": {
+            "plan": {"layers": 2, "hidden": 768},
+            "wrong": [],
+            "rows": [
+                {
+                    "tokens": 32,
+                    "train": train,
+                    "rounds": 3,
+                    "ms": {name: stat(ms) for name, ms in times.items()},
+                    "errors": {"mixed": 1e-6, "ours": 2e-6, "library": 4e-6},
+                }
+                for train, times in (
+                    (False, {"none": 9.0, "mixed": 10.0, "ours": 15.0, "library": 20.0}),
+                    (True, {"mixed": 30.0, "ours": 15.0, "library": 20.0}),
+                )
+            ],
+        },
     }
