@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import multi_lora
+from ..functional import frozen_linear, multi_lora
 from .adapters_mixed import MixedBatch, by_setup
 from .adapters_paper import current
 from .stacked_lora import StackedLoRA, plan_of, stacked
@@ -66,7 +65,7 @@ def mixed_lora(layer: Any, batch: MixedBatch, x: Tensor, read: Read) -> Tensor:
         ],
         x,
     )
-    out = F.linear(x, loras[0].weight, loras[0].bias)
+    out = frozen_linear(x, loras[0].weight, loras[0].bias)
     y: Tensor = multi_lora(
         *(x, stack.lora_a, stack.lora_b, plan_of(samples, len(loras), tokens, x.device)),
         stack.scaling,

@@ -33,7 +33,14 @@ from .obstacles import LINEAR, dtype_name, module_obstacle, parameter, type_name
 
 LIBRARY = (PrefixTuningLayer, PrefixTuning)
 # of the library, which a subclass could have replaced and the fast layer would pass by
-_METHODS = ("forward", "compose", "compose_stack", "compose_single", "pre_block", "get_active_setup")
+_METHODS = (
+    "forward",
+    "compose",
+    "compose_stack",
+    "compose_single",
+    "pre_block",
+    "get_active_setup",
+)
 
 
 class FastPrefixTuning(Accelerated, PrefixTuning):
