@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from . import environment, mixed, plots, report
+from . import environment, mixed, plots, report, whole
 from .data import MissingPackage
 from .families import FAMILIES, family_of
 from .finetune import FineTune, finetune, plans
@@ -32,12 +32,14 @@ QUICK_S = {
     "table": QUICK_BUDGET_S,
     "users": {report.USERS_FAMILY: users.QUICK_S},
     "mixed": {report.USERS_FAMILY: mixed.QUICK_S},
+    "whole": {report.WHOLE_FAMILY: whole.QUICK_S},
 }
 FULL_S = {
     "finetune": dict.fromkeys(METHODS, 450.0),
     "table": FULL_BUDGET_S,
     "users": {report.USERS_FAMILY: users.WHOLE_S},
     "mixed": {report.USERS_FAMILY: mixed.WHOLE_S},
+    "whole": {report.WHOLE_FAMILY: whole.WHOLE_S},
 }
 """By part and family."""
 
@@ -50,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.only == "report":
         _present(load(folder), folder, options.readme, console)
         return 0
-    whole = options.full or options.users
-    seconds = FULL_S if whole else QUICK_S
+    at_length = options.full or options.users or options.only == "whole"
+    seconds = FULL_S if at_length else QUICK_S
     meta = environment.describe(device)
     meta["mode"] = "full" if options.full else "quick"
     console.print(f"[bold]pelt_fast benchmark[/] on {meta['device']} ({meta['instruction_set']})")
@@ -70,11 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     tunes: list[FineTune] = []
     served: dict[str, Any] | None = None
     together: dict[str, Any] | None = None
+    models: dict[str, Any] | None = None
     try:
         if "finetune" in budget:
             tunes = _finetune(families, device, budget["finetune"], options.full, console)
         if "users" in budget:
-            served = _users(device, budget["users"], whole, console)
+            served = _users(device, budget["users"], at_length, console)
             failed |= bool(served["wrong"])
     except MissingPackage as missing:
         failed = True
@@ -82,10 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "mixed" in budget:
         together = _mixed(device, budget["mixed"], console)
         failed |= bool(together["wrong"])
+    if "whole" in budget:
+        models = _whole(device, budget["whole"], at_length, console)
+        failed |= bool(models["wrong"])
     if "table" in budget:
         rows, ok = _table(families, device, budget["table"], options.full, console)
         failed |= not ok
-    results = merged(collect(meta, rows, tunes, served, together), folder)
+    results = merged(collect(meta, rows, tunes, served, together, models), folder)
     save(results, folder)
     _present(load(folder), folder, options.readme, console)
     return 1 if failed else 0
@@ -98,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--only",
-        choices=("finetune", "table", "users", "mixed", "report"),
+        choices=("finetune", "table", "users", "mixed", "whole", "report"),
         help="a part; report: from the last results",
     )
     parser.add_argument(
@@ -157,6 +163,18 @@ def _mixed(device: torch.device, budget_s: float, console: Console) -> dict[str,
         found = mixed.run(device, budget_s)
     for text in found["wrong"]:
         console.print(f"mixed batches: {text}", style="red", highlight=False, markup=False)
+    return found
+
+
+def _whole(
+    device: torch.device, budget_s: float, at_length: bool, console: Console
+) -> dict[str, Any]:
+    plan = whole.WHOLE if at_length else whole.QUICK
+    with progress_bar(console) as progress:
+        tell = Teller(progress, progress.add_task("whole models", total=1.0))
+        found = whole.run(device, budget_s, plan, tell)
+    for text in found["wrong"]:
+        console.print(f"whole models: {text}", style="red", highlight=False, markup=False)
     return found
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from . import finetune_tables, mixed
+from . import finetune_tables, mixed, whole
 from .adapter import tables as adapter_tables
 from .compacter import tables as compacter_tables
 from .delta import tables as delta_tables
@@ -32,6 +32,8 @@ SECTIONS: dict[str, Any] = {
 """By family, what has a TITLE, `tables` and `headlines`."""
 USERS_FAMILY = "multi_lora"
 """Whose section the users of one model stand in, and batches of different methods."""
+WHOLE_FAMILY = "fusion"
+"""Whose section, the last one, the methods of whole models stand in."""
 PICTURES = {
     "overhead.png": "PELT overhead of the LoRA linear by shape",
     "adapter.png": "Cost of a bottleneck adapter by shape, in units of the layernorm",
@@ -47,6 +49,7 @@ def tables(results: Results, family: str) -> list[TextTable]:
         finetune_tables.table(finetunes_of(results, family)),
         *(users_tables.tables(results.get("users")) if family == USERS_FAMILY else []),
         *(mixed.tables(results.get("mixed")) if family == USERS_FAMILY else []),
+        *(whole.tables(results.get("whole")) if family == WHOLE_FAMILY else []),
         *SECTIONS[family].tables(rows_of(results, family), results["meta"]),
     ]
     return [table for table in found if table.rows]
@@ -58,6 +61,8 @@ def headlines(results: Results, family: str) -> list[str]:
     if family == USERS_FAMILY:
         lines += users_tables.headlines(results.get("users"))
         lines += mixed.headlines(results.get("mixed"))
+    if family == WHOLE_FAMILY:
+        lines += whole.headlines(results.get("whole"))
     return lines + SECTIONS[family].headlines(rows_of(results, family))
 
 

@@ -13,6 +13,7 @@ from .families import FAMILIES
 from .finetune import FineTune
 from .measure import Entry, Row
 from .users.tables import lines as lines_of_users
+from .whole import merged as whole_merged
 
 Results = dict[str, Any]
 
@@ -23,6 +24,7 @@ def collect(
     finetunes: Sequence[FineTune],
     users: dict[str, Any] | None = None,
     mixed: dict[str, Any] | None = None,
+    whole: dict[str, Any] | None = None,
 ) -> Results:
     return {
         "meta": meta,
@@ -30,6 +32,7 @@ def collect(
         "finetune": [_finetune(one) for one in finetunes],
         "users": _rounded(users),
         "mixed": _rounded(mixed),
+        "whole": _rounded(whole),
     }
 
 
@@ -75,6 +78,7 @@ def merged(new: Results, folder: Path) -> Results:
         "kernels": fresh_or_old("kernels", lambda row: row["family"]),
         "finetune": fresh_or_old("finetune", lambda one: one["plan"]["method"]),
         **{part: new.get(part) or old.get(part) for part in ("users", "mixed")},
+        "whole": whole_merged(new.get("whole"), old.get("whole")),
     }
 
 

@@ -175,4 +175,21 @@ def results() -> dict[str, Any]:
                 )
             ],
         },
+        "whole": {
+            "plan": {"layers": 12, "hidden": 768},
+            "wrong": [],
+            "rows": [
+                {
+                    "method": "unipelt",
+                    "samples": 8 if train else 1,
+                    "tokens": 32,
+                    "train": train,
+                    "rounds": 3,
+                    "fastest_ms": dict(zip(("none", "library", "ours"), fastest, strict=True)),
+                    "median_ms": dict.fromkeys(("none", "library", "ours"), 20.0),
+                    "errors": {"library": 1e-6, "ours": 1e-6},
+                }
+                for train, fastest in ((False, (10.0, 15.0, 9.0)), (True, (10.0, 12.0, 13.0)))
+            ],
+        },
     }

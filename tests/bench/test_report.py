@@ -163,6 +163,7 @@ def test_what_was_not_run_is_kept(results: Results, tmp_path: Path) -> None:
         "finetune": [*again, results["finetune"][1]],
         "users": results["users"],
         "mixed": results["mixed"],
+        "whole": results["whole"],
     }
     users = {"wrong": ["again"]}
     assert records.merged({**new, "users": users}, tmp_path)["users"] == users
