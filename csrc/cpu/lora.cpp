@@ -48,8 +48,7 @@ OptionalTensor frozen_linear(const at::Tensor& x, const at::Tensor& weight,
   with_engine(x.scalar_type(), [&](const auto& engine) {
     using E = std::decay_t<decltype(engine)>;
     using T = typename E::T;
-    const auto pack =
-        packed_in_room(weight, x.scalar_type(), engine.strip(), kPair<T>, kPair<T>);
+    const auto pack = packed_in_room(weight, x.scalar_type(), engine.strip(), kPair<T>, kPair<T>);
     if (!pack) return;
     const Adapters none;
     const at::Tensor biases = total_bias<typename E::A>(bias, {}, {});

@@ -18,7 +18,8 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
     const std::vector<OptionalTensor>& lora_bias, const std::vector<double>& scaling,
     const std::vector<double>& dropout_p, const OptionalTensor& seed);
 
-// x (T, in) -> x Wᵀ + b (T, out), T at most kFewRows; nothing where there is no room for a packed W.
+// x (T, in) -> x Wᵀ + b (T, out), T at most kFewRows; nothing where there is no room for a packed
+// W.
 OptionalTensor frozen_linear(const at::Tensor& x, const at::Tensor& weight,
                              const OptionalTensor& bias);
 

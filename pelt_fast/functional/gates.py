@@ -6,6 +6,8 @@ what there is to it. Where a gate's product shares x with LoRA's, ``gated_lora_l
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,7 +42,7 @@ def prefix_gate(
         TypeError: an argument has a wrong type or dtype.
         ValueError: an argument has a wrong shape or device.
     """
-    return _mean(torch.sigmoid(_logits(x, weight, bias)), attention_mask)
+    return _mean(torch.sigmoid, _logits(x, weight, bias), attention_mask)
 
 
 def central_gate(
@@ -64,7 +66,7 @@ def central_gate(
         TypeError: an argument has a wrong type or dtype.
         ValueError: an argument has a wrong shape or device.
     """
-    return torch.softmax(_mean(torch.relu(_logits(x, weight, bias)), attention_mask), -1)
+    return torch.softmax(_mean(torch.relu, _logits(x, weight, bias), attention_mask), -1)
 
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -89,14 +91,17 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight if autocast else weight.to(x.dtype), bias)
 
 
-def _mean(scores: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Over all tokens of (B, T, g), or over the real ones."""
+def _mean(
+    score: Callable[[Tensor], Tensor], logits: Tensor, attention_mask: Tensor | None
+) -> Tensor:
+    """Of the scores of logits (B, T, g) over all tokens, or over the real ones, whatever the others hold."""
     if attention_mask is None:
-        return scores.mean(1)
-    check_tensor("attention_mask", attention_mask, scores, "(B, T)")
-    if attention_mask.shape != scores.shape[:2]:
+        return score(logits).mean(1)
+    check_tensor("attention_mask", attention_mask, logits, "(B, T)")
+    if attention_mask.shape != logits.shape[:2]:
         raise ValueError(
-            f"attention_mask has shape {shape_of(attention_mask)}; expected (B, T) = {tuple(scores.shape[:2])}"
+            f"attention_mask has shape {shape_of(attention_mask)}; expected (B, T) = {tuple(logits.shape[:2])}"
         )
-    real = (attention_mask != 0).to(scores.dtype).unsqueeze(-1)
-    return (scores * real).sum(1) / real.sum(1)
+    real = (attention_mask != 0).unsqueeze(-1)
+    weights = real.to(logits.dtype)
+    return (score(logits.masked_fill(~real, 0.0)) * weights).sum(1) / weights.sum(1)

@@ -384,10 +384,10 @@ def _add_in_place(
     if not compiling and not _all_apart(bases, ()):
         raise ValueError("base_out overlaps; expected outputs that share no memory")
     for b in bases:
-        if any(size > 1 and stride == 0 for size, stride in zip(b.shape, b.stride(), strict=True)):
+        if _overlaps_itself(b):
             raise ValueError(
-                "base_out has rows or columns that are one place in memory (it was expanded); expected one of its own "
-                "for each element, since it is changed in place"
+                "base_out has elements that are one place in memory (it was expanded, or strided by hand); expected "
+                "one of its own for each, since it is changed in place"
             )
     rest = (plan.arrays, call.ranks, call.scaling, call.row_scale, call.dropout_p, seed)
     may_change = not compiling and all(_can_change(b, x) for b in bases)
@@ -414,6 +414,17 @@ def _can_change(base: Tensor, x: Tensor) -> bool:
     return all(
         outer == size * inner for (_, outer), (size, inner) in itertools.pairwise(strides[:-1])
     )
+
+
+def _overlaps_itself(t: Tensor) -> bool:
+    """Whether two elements may be one place in memory: a stride is less than what lies within it."""
+    end = 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1:
+            if stride < end:
+                return t.numel() > 0
+            end += (size - 1) * stride
+    return False
 
 
 def _all_apart(written: Sequence[Tensor], read: Sequence[Tensor]) -> bool:

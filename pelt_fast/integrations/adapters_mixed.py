@@ -136,6 +136,12 @@ class MixedBatch(AdapterCompositionBlock):
         for wanted in ("output_adapter_gating_scores", "output_adapter_fusion_attentions"):
             if getattr(context, wanted):
                 raise ValueError(f"{wanted} is set; it is not served in a mixed batch")
+        gone = sorted(self._names - self.adapters_config.adapters.keys())
+        if gone:
+            raise ValueError(
+                f"the mixed batch has {', '.join(map(repr, gone))}, deleted from the model since; expected its "
+                "adapters to stay within the block"
+            )
         context.__class__ = _MixedContext
         context.mixed_setup = MixedSetup(self)
         # the library's are of the adapters that are active outside the block

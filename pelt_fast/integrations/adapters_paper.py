@@ -108,13 +108,15 @@ def tokens_of(samples: tuple[int, ...]) -> Iterator[None]:
         setattr(context, _ATTRIBUTE, tokens)
 
 
-def token_mean(scores: Tensor) -> Tensor:
-    """Over the tokens that count: scores (rows, T, g) -> (rows, g)."""
+def gate_of(logits: Tensor) -> Tensor:
+    """The mean of their sigmoid over the tokens that count: logits (rows, T, g) -> (rows, g)."""
     tokens = current()
-    weights = None if tokens is None else tokens.weights(scores)
+    weights = None if tokens is None else tokens.weights(logits)
     if weights is None:
-        return scores.mean(1)
-    return (scores * weights.unsqueeze(-1)).sum(1).to(scores.dtype)
+        return torch.sigmoid(logits).mean(1)
+    weights = weights.unsqueeze(-1)
+    scores = torch.sigmoid(logits.masked_fill(weights == 0, 0.0))  # whatever the others hold
+    return (scores * weights).sum(1).to(logits.dtype)
 
 
 def refuse(reason: str, adapters: Any, names: Iterable[str]) -> None:

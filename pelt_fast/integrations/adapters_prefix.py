@@ -27,7 +27,7 @@ from ..nn.prefix import by_layer, for_batch
 from .adapters_class import Accelerated, FastLayer, fast_class, methods_obstacle
 from .adapters_mixed import mixed_batch_at
 from .adapters_mixed_prefix import mixed_prefix
-from .adapters_paper import token_mean
+from .adapters_paper import gate_of
 from .deferred import PrefixedMask, PrefixedStates
 from .obstacles import LINEAR, dtype_name, module_obstacle, parameter, type_name
 
@@ -119,7 +119,7 @@ class FastPrefixTuningLayer(FastLayer, PrefixTuningLayer):
         ):
             keys, values = keys[part], values[part]
         if name in layer.prefix_gates:
-            gate = token_mean(torch.sigmoid(layer.prefix_gates[name](state.residual_input)))
+            gate = gate_of(layer.prefix_gates[name](state.residual_input))
             layer._store_gating_score(name, gate)
             keys = keys * gate[:, 0].view(-1, 1, 1, 1)
             values = values * gate[:, -1].view(-1, 1, 1, 1)

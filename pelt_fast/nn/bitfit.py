@@ -76,8 +76,11 @@ class BitFit:
         """The biases of ``state`` into the model, in the model's dtype and on its device.
 
         Raises:
-            ValueError: names or shapes are not these biases'. Nothing is changed then.
+            TypeError: ``state`` is no mapping of floating tensors. Nothing is changed then, and likewise:
+            ValueError: names or shapes are not these biases', or a value is not finite in the model's dtype.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state is a {type(state).__name__}; expected a mapping of tensors")
         found = self._found()
         missing, unknown = sorted(found.keys() - state.keys()), sorted(state.keys() - found.keys())
         if missing or unknown:
@@ -85,13 +88,9 @@ class BitFit:
                 f"state lacks {_some(missing)} and has {_some(unknown)} beside; expected {len(found)} biases, "
                 "those of this model"
             )
+        ready = {name: _fitting(name, state[name], parameter) for name, parameter in found.items()}
         for name, parameter in found.items():
-            if state[name].shape != parameter.shape:
-                raise ValueError(
-                    f"state[{name!r}] has shape {tuple(state[name].shape)}; expected {tuple(parameter.shape)}"
-                )
-        for name, parameter in found.items():
-            parameter.copy_(state[name])
+            parameter.copy_(ready[name])
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes ``biases.safetensors`` into the folder, where the adapter's files may stand too; needs safetensors."""
@@ -107,7 +106,7 @@ class BitFit:
 
         Raises:
             FileNotFoundError: there are none.
-            ValueError: it is no file of tensors, or they are those of another model. Nothing is changed then.
+            TypeError, ValueError: it is no file of tensors, or not of this model's biases. Nothing is changed then.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -137,6 +136,24 @@ class BitFit:
         """Looked up at each call: a library may have wrapped a layer since, or put a new parameter into it."""
         found = dict(_biases(_base(self.model)))
         return {name: found[name] for name in self.names}
+
+
+def _fitting(name: str, value: Any, parameter: nn.Parameter) -> Tensor:
+    """``value`` in the parameter's dtype and on its device."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.is_meta:
+        came = type(value).__name__ if not isinstance(value, Tensor) else str(value.dtype)
+        where = " on the meta device" if isinstance(value, Tensor) and value.is_meta else ""
+        raise TypeError(f"state[{name!r}] is {came}{where}; expected a tensor of numbers")
+    if value.shape != parameter.shape:
+        raise ValueError(
+            f"state[{name!r}] has shape {tuple(value.shape)}; expected {tuple(parameter.shape)}"
+        )
+    fitting = value.to(parameter)
+    if not fitting.isfinite().all():
+        raise ValueError(
+            f"state[{name!r}] has numbers that are not finite in {parameter.dtype}; expected finite ones"
+        )
+    return fitting
 
 
 def _base(model: nn.Module) -> nn.Module:

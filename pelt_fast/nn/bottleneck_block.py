@@ -135,11 +135,11 @@ def adapter_gate(spec: BottleneckSpec, x: Tensor) -> Tensor | None:
     score = nn.functional.linear(
         x, spec.gate_weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     )
-    gates = torch.sigmoid(score)
     if spec.token_weight is None:
-        return gates.mean(dim=1).unsqueeze(-1)
-    mean = (gates * spec.token_weight.unsqueeze(-1)).sum(dim=1)
-    return mean.unsqueeze(-1).to(score.dtype)
+        return torch.sigmoid(score).mean(dim=1).unsqueeze(-1)
+    weight = spec.token_weight.unsqueeze(-1)
+    gates = torch.sigmoid(score.masked_fill(weight == 0, 0.0))  # whatever the others hold
+    return (gates * weight).sum(dim=1).unsqueeze(-1).to(score.dtype)
 
 
 def resolve_activation(name: str) -> Activation:

@@ -64,5 +64,5 @@ def central_gate(
 def _mean(scores: Tensor, attention_mask: Tensor | None) -> Tensor:
     if attention_mask is None:
         return scores.mean(1)
-    real = (attention_mask != 0).to(scores.dtype)[..., None]
-    return (scores * real).sum(1) / real.sum(1)
+    real = (attention_mask != 0)[..., None]
+    return torch.where(real, scores, 0.0).sum(1) / real.to(scores.dtype).sum(1)

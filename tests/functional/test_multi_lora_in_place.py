@@ -314,6 +314,29 @@ def test_expanded_base_is_refused_before_any_is_changed():
     assert not bases[0].any()
 
 
+@pytest.mark.parametrize(
+    ("shape", "stride", "apart"),
+    [
+        ((3, 4), (3, 1), False),
+        ((3, 4), (1, 1), False),
+        ((3, 4), (5, 1), True),
+        ((3, 4), (1, 3), True),
+    ],
+    ids=str,
+)
+def test_a_base_strided_by_hand(shape, stride, apart):
+    memory = torch.zeros(40)
+    base = memory.as_strided(shape, stride)
+    if apart:
+        wanted = _in_place(torch.zeros(shape))
+        with torch.no_grad():
+            assert torch.equal(_in_place(base), wanted)
+        return
+    with torch.no_grad(), pytest.raises(ValueError, match=r"base_out .* strided by hand"):
+        _in_place(base)
+    assert not memory.any()
+
+
 def test_negated_base():
     base = torch.complex(torch.zeros(3, 4), torch.ones(3, 4)).conj().imag  # -1, by a bit
     assert base.is_neg()

@@ -145,5 +145,7 @@ def test_gate(name, gates, masked, device):
     exact = getattr(reference, name)(x.double(), weight.double(), bias.double(), mask)
     torch.testing.assert_close(gate.double(), exact, rtol=1e-6, atol=1e-6)
     if masked:  # padding counts for nothing
-        x[1, 2:] = 100.0
+        x[1, 2:] = torch.tensor([100.0, float("nan"), float("inf")], device=device)[:, None]
+        exact = getattr(reference, name)(x.double(), weight.double(), bias.double(), mask)
+        torch.testing.assert_close(gate.double(), exact, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(function(x, weight, bias, attention_mask=mask), gate)

@@ -615,6 +615,11 @@ def test_errors_of_models() -> None:
     model.set_active_adapters(Parallel("lora", "later"))
     with pytest.raises(ValueError, match="which repeats the samples"):
         pelt_fast.mixed_batch(model, ["lora", "later"])
+    model.set_active_adapters(None)
+    with pelt_fast.mixed_batch(model, ["lora", "later"]):
+        model.delete_adapter("later")
+        with pytest.raises(ValueError, match="has 'later', deleted from the model since"):
+            model(torch.ones(2, 3, dtype=torch.long))
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,28 @@ def test_what_does_not_fit_changes_nothing():
     assert all(torch.equal(v, before[n]) for n, v in biases.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (torch.full((6,), float("nan")), ValueError, "not finite in torch.float32"),
+        (torch.full((6,), 1e300, dtype=torch.float64), ValueError, "not finite in torch.float32"),
+        (torch.zeros(6, device="meta"), TypeError, "float32 on the meta device"),
+        (torch.zeros(6, dtype=torch.complex64), TypeError, "is torch.complex64; expected"),
+        (torch.zeros(6, dtype=torch.bool), TypeError, "is torch.bool; expected"),
+        (None, TypeError, "is NoneType; expected a tensor of numbers"),
+    ],
+    ids=["nan", "overflow", "meta", "complex", "bool", "none"],
+)
+def test_a_bad_last_bias_changes_nothing(value, error, message):
+    biases = BitFit(make())
+    before = {n: t.clone() for n, t in biases.state_dict().items()}
+    with pytest.raises(error, match=message):
+        biases.load_state_dict({"0.bias": torch.ones(6), "1.bias": value})
+    assert all(torch.equal(t, before[n]) for n, t in biases.state_dict().items())
+    with pytest.raises(TypeError, match="state is a list; expected a mapping"):
+        biases.load_state_dict([])
+
+
 def test_errors():
     with pytest.raises(TypeError, match="model is a str"):
         BitFit("model")
