@@ -262,7 +262,8 @@ py::object ordinary_frozen_linear(py::handle x, py::handle weight, py::handle bi
   if (!w || w->requires_grad() || w->is_inference()) return py::none();
   const OptionalTensor b = reader.vector(bias, w->size(0), false);
   if (!reader.ordinary) return py::none();
-  if (reader.gradient) return half ? py::cast(true) : py::none();
+  // forward and backward are lora_linear's, which packs at each call what it has no room for
+  if (reader.gradient) return half && has_packed(*w) ? py::cast(true) : py::none();
   OptionalTensor y;
   {
     py::gil_scoped_release release;

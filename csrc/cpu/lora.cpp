@@ -42,6 +42,15 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
   return {y, s};
 }
 
+bool has_packed(const at::Tensor& weight) {
+  bool found = false;
+  with_engine(weight.scalar_type(), [&](const auto& engine) {
+    using T = typename std::decay_t<decltype(engine)>::T;
+    found = bool(packed_in_room(weight, weight.scalar_type(), engine.strip(), kPair<T>, kPair<T>));
+  });
+  return found;
+}
+
 OptionalTensor frozen_linear(const at::Tensor& x, const at::Tensor& weight,
                              const OptionalTensor& bias) {
   OptionalTensor y;

@@ -18,8 +18,10 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
     const std::vector<OptionalTensor>& lora_bias, const std::vector<double>& scaling,
     const std::vector<double>& dropout_p, const OptionalTensor& seed);
 
-// x (T, in) -> x Wᵀ + b (T, out), T at most kFewRows; nothing where there is no room for a packed
-// W.
+// Whether W is packed, or there is room for it beside the other packs; it is packed then.
+bool has_packed(const at::Tensor& weight);
+
+// x (T, in) -> x Wᵀ + b (T, out); nothing where W is not packed and there is no room for it.
 OptionalTensor frozen_linear(const at::Tensor& x, const at::Tensor& weight,
                              const OptionalTensor& bias);
 

@@ -15,8 +15,9 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
     That is on a CPU, of a weight that needs no gradient: in half precision, where PyTorch's own product takes up to
     eight times as long without the instructions for it, forward and backward; in float32 and float64 of 2 to 32
-    tokens without gradients, as a library packs the weight at each call. A packed float32 weight is kept only while
-    there is room beside the other packs (``PELT_FAST_PACK_LIMIT_MB``).
+    tokens without gradients, as a library packs the weight at each call. All of it only while there is room for the
+    packed weight beside the other packs (``PELT_FAST_PACK_LIMIT_MB``): to pack it at each call, and to drive others
+    out, would cost more than it brings.
 
     Args:
         x: (..., in).
