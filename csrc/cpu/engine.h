@@ -110,9 +110,10 @@ struct WideEngine {
   Tile<Operand> left_of(int64_t m, int64_t k, Tile<A> tile, Scratch& out) const { return tile; }
   Tile<Operand> right_of(int64_t m, int64_t n, Tile<A> tile, Scratch& out) const { return tile; }
 
+  // next: the packed b that is multiplied after this one; without it, what follows in memory
   void gemm(int64_t m, int64_t n, int64_t k, Tile<Operand> a, const T* b, int64_t ldb, A* c,
-            int64_t ldc, bool accumulate) const {
-    kernels.gemm(m, n, k, a.data, a.stride, b, ldb, c, ldc, accumulate);
+            int64_t ldc, bool accumulate, const T* next = nullptr) const {
+    kernels.gemm(m, n, k, a.data, a.stride, b, ldb, c, ldc, accumulate, next ? next : b + k * ldb);
   }
 
   // c (r, n) += p (r, m) · q (m, n)
@@ -201,7 +202,7 @@ struct AmxEngine {
   }
 
   void gemm(int64_t m, int64_t n, int64_t k, Tile<Operand> a, const T* b, int64_t ldb, A* c,
-            int64_t ldc, bool accumulate) const {
+            int64_t ldc, bool accumulate, const T* = nullptr) const {
     for (int64_t i = 0; i < m; i += kTileRows)
       brgemm(std::min(kTileRows, m - i), n, k, a.data + i * a.stride, a.stride, b, ldb, c + i * ldc,
              ldc, accumulate);

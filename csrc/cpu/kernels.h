@@ -18,11 +18,12 @@ struct Kernels {
 
   // c (m, n) = or += a (m, k) · b. a is row-major with stride lda, k even where kPair is 2 (pad a
   // with zeros). b is packed: k / kPair groups of ldb columns of kPair elements. n is a multiple of
-  // lanes, ldb >= n.
+  // lanes, ldb >= n. next: a packed b that will be multiplied after this one and is fetched
+  // meanwhile, or null.
   void (*gemm)(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const T* b, int64_t ldb,
-               A* c, int64_t ldc, bool accumulate);
+               A* c, int64_t ldc, bool accumulate, const T* next);
 
-  // The same with b (k, n) already in A, row-major.
+  // The same with b (k, n) already in A, row-major; nothing is fetched.
   void (*gemm_wide)(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b,
                     int64_t ldb, A* c, int64_t ldc, bool accumulate);
 

@@ -11,6 +11,7 @@ namespace pelt_fast::PELT_ISA {
 namespace {
 
 #define PELT_INLINE inline __attribute__((always_inline))
+#define PELT_INLINE_LAMBDA __attribute__((always_inline))
 
 template <class A>
 struct Vec;
@@ -148,11 +149,24 @@ PELT_INLINE void prefetch(const P* p) {
     __builtin_prefetch(reinterpret_cast<const char*>(p) + 1024 + line);
 }
 
+// What the next product reads, a little of it for each kPiece of k: memory is read while this one
+// runs.
+constexpr int64_t kPiece = 16;
+struct Ahead {
+  const char* from;
+  int64_t lines; // for each piece
+
+  PELT_INLINE void fetch() {
+    for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(from + 64 * line);
+    from += 64 * lines;
+  }
+};
+
 // Columns [0, NV · N) of MR rows; the accumulators start at zero and stay in registers over all of
 // k.
 template <class T, int MR, int NV>
 PELT_INLINE void micro(int64_t k, const Acc<T>* a, int64_t lda, const T* b, int64_t ldb, Acc<T>* c,
-                       int64_t ldc, bool accumulate) {
+                       int64_t ldc, bool accumulate, Ahead ahead) {
   using A = Acc<T>;
   using V = typename Vec<A>::type;
   constexpr int N = Vec<A>::N;
@@ -161,37 +175,33 @@ PELT_INLINE void micro(int64_t k, const Acc<T>* a, int64_t lda, const T* b, int6
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[i][v] = V{};
-  if constexpr (kPair<T> == 2) {
-    for (int64_t p = 0; p < k; p += 2) {
-      const T* row = b + p * ldb;
-      if constexpr (MR <= kFewRows) prefetch<2 * NV * N * sizeof(T)>(row);
-      VU low[NV];
+  const auto step = [&](int64_t p) PELT_INLINE_LAMBDA {
+    const T* row = b + p * ldb;
+    if constexpr (MR <= kFewRows) prefetch<kPair<T> * NV * N * sizeof(T)>(row);
+#pragma GCC unroll 2
+    for (int of = 0; of < kPair<T>; ++of) { // the pair
+      V values[NV];
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) low[v] = load<VU>(row + 2 * v * N) << 16;
+      for (int v = 0; v < NV; ++v) {
+        if constexpr (kPair<T> == 1)
+          values[v] = widen_vec(row + v * N);
+        else
+          values[v] = bit_cast<V>(of ? load<VU>(row + 2 * v * N) & 0xffff0000u
+                                     : load<VU>(row + 2 * v * N) << 16);
+      }
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[i][v] += a[i * lda + p] * bit_cast<V>(low[v]);
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) low[v] = load<VU>(row + 2 * v * N) & 0xffff0000u;
-#pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[i][v] += a[i * lda + p + 1] * bit_cast<V>(low[v]);
+        for (int v = 0; v < NV; ++v) acc[i][v] += a[i * lda + p + of] * values[v];
     }
-  } else {
+  };
+  int64_t p = 0;
+  for (; p + kPiece <= k; p += kPiece) {
+    if constexpr (MR > kFewRows) ahead.fetch();
 #pragma GCC unroll 4
-    for (int64_t p = 0; p < k; ++p) {
-      V row[NV];
-      if constexpr (MR <= kFewRows) prefetch<NV * N * sizeof(T)>(b + p * ldb);
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) row[v] = widen_vec(b + p * ldb + v * N);
-#pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[i][v] += a[i * lda + p] * row[v];
-    }
+    for (int64_t q = 0; q < kPiece; q += kPair<T>) step(p + q);
   }
+  for (; p < k; p += kPair<T>) step(p);
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
@@ -209,33 +219,50 @@ constexpr int64_t kRun = sizeof(T) == sizeof(Acc<T>) ? 128 : int64_t(1) << 62;
 
 template <class T, int NV, int MR>
 void rows(int64_t m, int64_t k, const Acc<T>* a, int64_t lda, const T* b, int64_t ldb, Acc<T>* c,
-          int64_t ldc, bool accumulate) {
-  for (; m >= MR; m -= MR, a += MR * lda, c += MR * ldc)
-    micro<T, MR, NV>(k, a, lda, b, ldb, c, ldc, accumulate);
+          int64_t ldc, bool accumulate, Ahead& ahead) {
+  for (; m >= MR; m -= MR, a += MR * lda, c += MR * ldc) {
+    micro<T, MR, NV>(k, a, lda, b, ldb, c, ldc, accumulate, ahead);
+    ahead.from += 64 * ahead.lines * (k / kPiece);
+  }
   if constexpr (MR > 1) {
     if (m > 0)
-      rows<T, NV, (MR > 8 ? 8 : MR > 4 ? 4 : MR / 2)>(m, k, a, lda, b, ldb, c, ldc, accumulate);
+      rows<T, NV,
+           (MR > 8   ? 8
+            : MR > 4 ? 4
+                     : MR / 2)>(m, k, a, lda, b, ldb, c, ldc, accumulate, ahead);
   }
 }
 
 // One run after the other, all rows in each: the piece of b that they share stays in level 1.
+// next: what is multiplied after this, or null where b is not read from end to end.
 template <class T, int NV, int MR>
 void runs(int64_t m, int64_t k, const Acc<T>* a, int64_t lda, const T* b, int64_t ldb, Acc<T>* c,
-          int64_t ldc, bool accumulate) {
-  for (int64_t p = 0; p < k; p += kRun<T>)
-    rows<T, NV, MR>(m, k - p < kRun<T> ? k - p : kRun<T>, a + p, lda, b + p * ldb, ldb, c, ldc,
-                    accumulate || p > 0);
+          int64_t ldc, bool accumulate, const T* next) {
+  for (int64_t p = 0; p < k; p += kRun<T>) {
+    const int64_t count = k - p < kRun<T> ? k - p : kRun<T>;
+    const T* then = p + count < k ? b + (p + count) * ldb : next;
+    const int64_t pieces = (count + kPiece - 1) / kPiece * ((m + MR - 1) / MR),
+                  lines = count * ldb * int64_t(sizeof(T)) / 64;
+    Ahead ahead{reinterpret_cast<const char*>(then), next ? (lines + pieces - 1) / pieces : 0};
+    rows<T, NV, MR>(m, count, a + p, lda, b + p * ldb, ldb, c, ldc, accumulate || p > 0, ahead);
+  }
 }
 
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, const Acc<T>* a, int64_t lda, const T* b, int64_t ldb,
-          Acc<T>* c, int64_t ldc, bool accumulate) {
+          Acc<T>* c, int64_t ldc, bool accumulate, const T* next) {
   constexpr int N = Vec<Acc<T>>::N;
   // two vectors wide, with rows to fill the registers: 16 of them, or 32 where vectors are 64 bytes
   constexpr int wide_rows = PELT_BYTES == 64 ? 12 : 6, narrow_rows = PELT_BYTES == 64 ? 16 : 12;
   for (; n >= 2 * N; n -= 2 * N, b += 2 * N * kPair<T>, c += 2 * N)
-    runs<T, 2, wide_rows>(m, k, a, lda, b, ldb, c, ldc, accumulate);
-  if (n > 0) runs<T, 1, narrow_rows>(m, k, a, lda, b, ldb, c, ldc, accumulate);
+    runs<T, 2, wide_rows>(m, k, a, lda, b, ldb, c, ldc, accumulate, next);
+  if (n > 0) runs<T, 1, narrow_rows>(m, k, a, lda, b, ldb, c, ldc, accumulate, next);
+}
+
+template <class A>
+void gemm_wide(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb,
+               A* c, int64_t ldc, bool accumulate) {
+  gemm<A>(m, n, k, a, lda, b, ldb, c, ldc, accumulate, nullptr);
 }
 
 #if defined(__clang__) || __GNUC__ >= 12
@@ -502,7 +529,7 @@ void philox(uint64_t seed, uint32_t stream, uint64_t first, int64_t n, uint32_t*
 template <class T>
 constexpr Kernels<T> table(const char* name) {
   using A = Acc<T>;
-  return {name,          Vec<A>::N, gemm<T>,        gemm<A>,        dots<A>,
+  return {name,          Vec<A>::N, gemm<T>,        gemm_wide<A>,   dots<A>,
           transpose<A>,  widen<T>,  drop<T>,        interleave<T>,  narrow<T>,
           add_masked<A>, philox,    row_table<T>(), gate_table<A>()};
 }

@@ -110,9 +110,13 @@ struct Pass {
         const int64_t kc = std::min(k - k0, block_k), kp = round_up(kc, kPair<T>);
         const T* from = x + begin * stride + k0;
         const Tile<O> tile = engine.left(m, kc, from, stride, Mask{}, 0, 0, w.left, w.random);
-        for (int64_t strip = strip0; strip < stop; ++strip)
+        for (int64_t strip = strip0; strip < stop; ++strip) {
+          const T* next = strip + 1 < stop   ? weight->at<T>(strip + 1, k0)
+                          : k0 + block_k < k ? weight->at<T>(strip0, k0 + block_k)
+                                             : weight->at<T>(stop < strip1 ? stop : 0);
           engine.gemm(m, width, kp, tile, weight->at<T>(strip, k0), width,
-                      c + (strip - strip0) * width, columns, k0 > 0);
+                      c + (strip - strip0) * width, columns, k0 > 0, next);
+        }
         if (!first) continue;
         if (shrinks) {
           for (const Adapter& a : adapters.each) {

@@ -77,20 +77,22 @@ def test_views(view, packed) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((0,), torch.float32), ((1,), torch.float32), ((33,), torch.float32), ((), torch.float32)]
+    [((0,), torch.float32), ((1,), torch.float32), ((33,), torch.float64), ((), torch.float32)]
     + [((1,), torch.bfloat16), ((0, 3), torch.bfloat16)],
     ids=str,
 )
 def test_left_to_torch(shape, dtype, packed) -> None:
-    """No rows, one, and of wide types many: bitwise what F.linear gives."""
+    """No rows, one, and of float64 many: bitwise what F.linear gives."""
     args = tensors(dtype, *shape)
     assert torch.equal(PF.frozen_linear(*args), F.linear(*args))
     assert packed == [None]
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("trains", ["x", "x and bias", "bias"])
-def test_gradients_in_half_precision(dtype, trains, packed) -> None:
+def test_gradients(dtype, trains, packed) -> None:
+    if dtype is torch.float32 and cpp_extension().isa() != "avx2":
+        pytest.skip("many rows of float32 are packed where AVX2 is the best instruction set")
     x, weight, bias = tensors(dtype, 3, 40)
     dy = torch.randn(3, 40, OUT, dtype=dtype)
     leaves = [t.requires_grad_() for t, name in ((x, "x"), (bias, "bias")) if name in trains]
@@ -102,8 +104,9 @@ def test_gradients_in_half_precision(dtype, trains, packed) -> None:
     exact = [g for g, name in zip(exact, ("x", "bias"), strict=True) if name in trains]
     for mine, peer, true in zip(ours, theirs, exact, strict=True):
         assert mine.dtype is dtype
-        size = true.abs().max()
-        assert (mine - true).abs().max() <= 2 * (peer - true).abs().max() + size * 1e-2
+        terms = OUT if true.ndim > 1 else 120  # of dx, and of dbias
+        rounding = torch.finfo(dtype).eps * terms**0.5
+        assert (mine - true).abs().max() <= 2 * (peer - true).abs().max() + true.abs().max() * rounding
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -114,7 +117,7 @@ def test_a_weight_that_trains_is_left_to_torch(dtype, packed) -> None:
     assert weight.grad is not None
 
 
-def test_float32_with_a_gradient_is_left_to_torch(packed) -> None:
+def test_few_rows_of_float32_with_a_gradient_are_left_to_torch(packed) -> None:
     x, weight, bias = tensors(torch.float32, 8)
     x.requires_grad_()
     assert torch.equal(PF.frozen_linear(x, weight, bias), F.linear(x, weight, bias))
@@ -131,9 +134,9 @@ def test_a_changed_weight_counts() -> None:
 @pytest.mark.parametrize("trains", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_weight_is_packed_only_where_there_is_room(dtype, trains, packed) -> None:
-    if trains and dtype not in HALVES:
-        pytest.skip("wide types with gradients are torch's anyway")
-    x, weight, bias = tensors(dtype, 8)
+    if trains and dtype not in HALVES and (dtype is torch.float64 or cpp_extension().isa() != "avx2"):
+        pytest.skip("with gradients this is torch's anyway")
+    x, weight, bias = tensors(dtype, 40 if trains else 8)
     x.requires_grad_(trains)
     extension = cpp_extension()
     extension.clear_packed()
@@ -147,6 +150,18 @@ def test_a_weight_is_packed_only_where_there_is_room(dtype, trains, packed) -> N
     PF.frozen_linear(x, weight, bias)
     assert packed[-1] is not None
     assert extension.packed_bytes() >= weight.nbytes
+
+
+def test_training_needs_room_for_the_transpose_too(packed) -> None:
+    x, weight, bias = tensors(torch.bfloat16, 40)
+    extension = cpp_extension()
+    extension.clear_packed()
+    extension.set_packed_limit(weight.nbytes * 2)  # strips are padded: one pack fits, two do not
+    try:
+        assert torch.equal(PF.frozen_linear(x.requires_grad_(), weight, bias), F.linear(x, weight, bias))
+        assert packed == [None]
+    finally:
+        extension.set_packed_limit(4096 << 20)
 
 
 @pytest.mark.parametrize("other", ["torch", "reference"])
