@@ -308,6 +308,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("ordinary_compacter", &ordinary_compacter);
   m.def("ordinary_fusion", &ordinary_fusion);
   m.def("ordinary_gated_lora_linear", &pelt_fast::ordinary_gated_lora_linear);
+  m.def("ordinary_multi_elementwise", &pelt_fast::ordinary_multi_elementwise);
   m.def("ordinary_multi_lora", &pelt_fast::ordinary_multi_lora);
   m.def("prefix_attention", &pelt_fast::prefix_attention, release());
   m.def(

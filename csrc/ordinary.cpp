@@ -23,6 +23,7 @@
 #include "cpu/gated_lora.h"
 #include "cpu/lora.h"
 #include "cpu/lora_pass.h"
+#include "cpu/multi_elementwise.h"
 #include "cpu/multi_lora.h"
 #include "cpu/shape.h"
 
@@ -531,6 +532,24 @@ bool can_change(const at::Tensor& base) {
   return fits;
 }
 
+// The arrays of a plan of this many tokens, which are its own and int32; none where they are not.
+std::vector<at::Tensor> plan_of(Reader& reader, py::handle arrays, int64_t tokens,
+                                int64_t adapters) {
+  std::vector<at::Tensor> plan;
+  const std::vector<py::handle> items = several(arrays);
+  reader.expect(items.size() == 7);
+  for (size_t i = 0; reader.ordinary && i < items.size(); ++i) {
+    if (!THPVariable_CheckExact(items[i].ptr())) return reader.refuse(), plan;
+    plan.push_back(THPVariable_Unpack(items[i].ptr()));
+    reader.expect(is_plain(plan[i]) && plan[i].scalar_type() == at::kInt);
+  }
+  if (reader.ordinary)
+    reader.expect(plan[0].dim() == 1 && plan[0].size(0) >= tokens && plan[0].is_contiguous() &&
+                  plan[1].dim() == 1 && plan[1].size(0) >= tokens && plan[1].is_contiguous() &&
+                  plan[2].dim() == 1 && plan[2].size(0) == adapters + 2 && plan[2].is_contiguous());
+  return plan;
+}
+
 // (L,) of one number for all adapters, or as given where that is of the dtype that kernels read.
 OptionalTensor of_adapters(Reader& reader, py::handle h, int64_t adapters, at::ScalarType dtype) {
   if (!THPVariable_CheckExact(h.ptr())) return reader.refuse(), std::nullopt;
@@ -591,19 +610,8 @@ py::object ordinary_multi_lora(py::handle x, py::handle lora_a, py::handle lora_
   }
   const double probability = reader.probability(dropout_p), rate = training ? probability : 0.0;
 
-  // the plan's buffer is its own and int32
-  const std::vector<py::handle> arrays = several(plan_arrays);
-  std::vector<at::Tensor> plan;
-  reader.expect(arrays.size() == 7);
-  for (size_t i = 0; reader.ordinary && i < arrays.size(); ++i) {
-    if (!THPVariable_CheckExact(arrays[i].ptr())) return py::none();
-    plan.push_back(THPVariable_Unpack(arrays[i].ptr()));
-    reader.expect(is_plain(plan[i]) && plan[i].scalar_type() == at::kInt);
-  }
+  std::vector<at::Tensor> plan = plan_of(reader, plan_arrays, tokens, plan_adapters);
   if (!reader.ordinary) return py::none();
-  reader.expect(plan[1].dim() == 1 && plan[1].size(0) >= tokens && plan[1].is_contiguous() &&
-                plan[2].dim() == 1 && plan[2].size(0) == plan_adapters + 2 &&
-                plan[2].is_contiguous());
 
   const bool each_scaling = several_projections && is_list(scaling),
              each_ranks = several_projections && is_list(ranks);
@@ -678,6 +686,36 @@ py::object ordinary_multi_lora(py::handle x, py::handle lora_a, py::handle lora_
     }
   }
   return py::make_tuple(true, several_projections ? py::object(out) : py::object(out[0]));
+}
+
+py::object ordinary_multi_elementwise(py::handle x, py::handle scales, py::handle biases,
+                                      py::handle plan_arrays, int64_t plan_tokens,
+                                      int64_t plan_adapters) {
+  Reader reader(x);
+  if (!reader.ordinary) return py::none();
+  const int64_t features = reader.x().size(-1), tokens = reader.x().numel() / features;
+  reader.expect(plan_tokens == tokens && !(scales.is_none() && biases.is_none()));
+  OptionalTensor of[2];
+  at::ScalarType dtype = reader.x().scalar_type();
+  for (int i = 0; reader.ordinary && i < 2; ++i) {
+    const py::handle given = i ? biases : scales;
+    if (given.is_none()) continue;
+    const at::Tensor* t = reader.matrix(given, plan_adapters, features, true);
+    if (!t) return py::none();
+    dtype = at::promote_types(dtype, t->scalar_type());
+    of[i] = *t;
+  }
+  const std::vector<at::Tensor> plan = plan_of(reader, plan_arrays, tokens, plan_adapters);
+  if (!reader.ordinary || reader.gradient) return py::none();
+  at::Tensor y;
+  {
+    py::gil_scoped_release release;
+    const at::NoGradGuard no_grad;
+    for (OptionalTensor& t : of)
+      if (t) t = to_rows(t->to(dtype));
+    y = from_rows(multi_elementwise_fwd(to_rows(reader.x()), of[0], of[1], plan[0]), reader.x());
+  }
+  return py::cast(y);
 }
 
 } // namespace pelt_fast

@@ -59,6 +59,11 @@ pybind11::object ordinary_multi_lora(pybind11::handle x, pybind11::handle lora_a
                                      pybind11::handle base_out, pybind11::handle row_scale,
                                      pybind11::handle dropout_p, bool training);
 
+// As functional.multi_elementwise takes them; None also where a gradient is wanted.
+pybind11::object ordinary_multi_elementwise(pybind11::handle x, pybind11::handle scales,
+                                            pybind11::handle biases, pybind11::handle plan_arrays,
+                                            int64_t plan_tokens, int64_t plan_adapters);
+
 // What AdapterFusion's matrices were folded into, checked when they were: for this x's size, dtype
 // and place.
 struct FoldedMatrices {

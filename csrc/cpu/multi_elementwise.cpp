@@ -60,7 +60,7 @@ at::Tensor forward(const at::Tensor& x, const OptionalTensor& scales, const Opti
   at::parallel_for(0, tokens, std::max<int64_t>(1, kGrain / features), [&](int64_t t, int64_t to) {
     for (; t < to; ++t) {
       const int64_t g = bucket[t];
-      if (g < adapters)
+      if (g >= 0 && g < adapters)
         row_of(features, rows.at(t), scale.at(g), bias.at(g), y + t * features);
       else
         std::copy_n(rows.at(t), features, y + t * features);

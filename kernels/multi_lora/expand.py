@@ -25,10 +25,11 @@ from ..common.cost import Cost, itemsize
 from ..common.tiling import cdiv, power_of_two
 from .shrink import sum_of_parts
 from .tiles import (
-    factor_of,
     open_tile,
     rank_of,
     readable,
+    row_scale_of,
+    scaling_of,
     side_by_side,
     starts_of,
     unsupported,
@@ -107,6 +108,7 @@ def _expand_kernel(
     adapter, rows, live, tokens = open_tile(tiles_ptr, perm_ptr, PER_TILE, BLOCK_T)
     if rows <= 0:
         return
+    row_scale = row_scale_of(row_scale_ptr, adapter, tokens, live)
     block = tl.program_id(1)
     for i in tl.static_range(len(ys)):
         blocks = tl.cdiv(columns[i], BLOCK_N)
@@ -138,7 +140,7 @@ def _expand_kernel(
                     s.dtype,
                 )
                 acc = tl.dot(s, tl.trans(b), acc, input_precision=PRECISION)
-            factor = factor_of(scalings[i], row_scale_ptr, adapter, tokens, live)
+            factor = row_scale * scaling_of(scalings[i], adapter)
             y = tl.where(adapter >= 0, acc * factor[:, None], 0.0)
             if INPLACE:
                 mask = live[:, None] & (cols < tl.where(adapter >= 0, columns[i], 0))[None, :]

@@ -35,6 +35,7 @@ from .tiles import (
     open_tile,
     rank_of,
     readable,
+    scaling_of,
     side_by_side,
     starts_of,
     threshold_of,
@@ -277,8 +278,7 @@ def _finish_kernel(
                 scaled = tl.where(mask, total * factor[:, None], 0.0)
                 within = live[:, None] & (lanes < STARTS[i + 1] - STARTS[i])[None, :]
                 tl.store(out_ptr + at, scaled.to(out_ptr.dtype.element_ty), mask=within)
-        scaling = tl.load(scalings[i] + adapter, mask=adapter >= 0, other=0.0).to(tl.float32)
-        drow += tl.where(rank > 0, scaling * dot, 0.0)
+        drow += tl.where(rank > 0, scaling_of(scalings[i], adapter) * dot, 0.0)
     if drow_ptr is not None:
         tl.store(drow_ptr + tokens, drow, mask=live)
 

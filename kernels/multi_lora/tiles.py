@@ -54,15 +54,25 @@ def rank_of(ranks_ptr, adapter, width):
 
 
 @triton.jit
-def factor_of(scaling_ptr, row_scale_ptr, adapter, tokens, live):
-    """c of each row, scaling · row_scale in fp32; 0 where there is no adapter."""
-    scaling = tl.load(scaling_ptr + adapter, mask=adapter >= 0, other=0.0).to(tl.float32)
+def row_scale_of(row_scale_ptr, adapter, tokens, live):
+    """The factor of each row in fp32; 0 where there is no adapter, 1 where no factors are given."""
     if row_scale_ptr is not None:
         named = tl.zeros(tokens.shape, tl.int32) + adapter >= 0
-        row_scale = tl.load(row_scale_ptr + tokens, mask=live & named, other=0.0)
-        return row_scale.to(tl.float32) * scaling
+        return tl.load(row_scale_ptr + tokens, mask=live & named, other=0.0).to(tl.float32)
     else:
-        return tl.zeros(tokens.shape, tl.float32) + scaling
+        return tl.full(tokens.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def scaling_of(scaling_ptr, adapter):
+    """The adapter's scaling in fp32; 0 where there is no adapter."""
+    return tl.load(scaling_ptr + adapter, mask=adapter >= 0, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def factor_of(scaling_ptr, row_scale_ptr, adapter, tokens, live):
+    """c of each row, scaling · row_scale in fp32; 0 where there is no adapter."""
+    return row_scale_of(row_scale_ptr, adapter, tokens, live) * scaling_of(scaling_ptr, adapter)
 
 
 @triton.jit

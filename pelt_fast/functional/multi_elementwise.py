@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from .checks import (
     check_there,
     shape_of,
 )
+from .ordinary import short_way
 
 _ARRAYS = 3  # of the plan's: what is about tokens, not about tiles
 
@@ -58,6 +59,13 @@ def multi_elementwise(
         BackendUnavailable: the named backend cannot run this call.
         RuntimeError: in a backward of the backward, which has no formula here.
     """
+    extension = short_way(backend)
+    if extension is not None and type(plan) is MultiAdapterPlan:
+        done = extension.ordinary_multi_elementwise(
+            x, scales, biases, plan._arrays, plan.tokens, plan.num_adapters
+        )
+        if done is not None:
+            return cast("Tensor", done)
     chosen = _check(x, scales, biases, plan, backend)
     y: Tensor = MultiElementwiseFunction.apply(x, scales, biases, chosen, *plan.arrays[:_ARRAYS])
     return y

@@ -84,7 +84,13 @@ def multi(x, **kwargs):
     return PF.multi_lora(x, a.to(x), b.to(x), plan, 0.5, **kwargs)
 
 
-CALLS = {"lora": lora, "adapter": adapter, "multi": multi}
+def elementwise(x, **kwargs):
+    scales = torch.ones(2, x.shape[-1])
+    plan = pelt_fast.MultiAdapterPlan([t % 3 - 1 for t in range(x[..., 0].numel())], 2)
+    return PF.multi_elementwise(x, scales.to(x), None, plan, **kwargs)
+
+
+CALLS = {"lora": lora, "adapter": adapter, "multi": multi, "elementwise": elementwise}
 
 
 @pytest.fixture(params=CALLS)
@@ -146,6 +152,21 @@ def test_bitwise_as_the_long_way_adapter(dtype, case, grad, served, long_way):
     assert ADAPTER in served
     for ours, theirs in zip(*outputs, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("over", [False, True], ids=["alike", "float32 over a half"])
+@pytest.mark.parametrize("given", ["scales", "biases", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_bitwise_as_the_long_way_elementwise(dtype, given, over, served, long_way):
+    x = torch.randn(2, 3, 2 * D, dtype=dtype)[..., ::2]
+    wide = torch.promote_types(dtype, torch.float32) if over else dtype
+    scales, biases = torch.randn(D, 4, dtype=wide).t(), torch.randn(4, D, dtype=dtype)
+    args = [x, None if given == "biases" else scales, None if given == "scales" else biases]
+    plan = pelt_fast.MultiAdapterPlan([3, -1, 0, 3, 9, 1], 4)
+    y = PF.multi_elementwise(*args, plan)
+    assert served == ["ordinary_multi_elementwise"]
+    assert y.dtype is dtype
+    assert torch.equal(y, long_way(PF.multi_elementwise, *args, plan))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

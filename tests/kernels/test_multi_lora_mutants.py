@@ -128,7 +128,8 @@ WRONG_VALUES = [
     # adapters without a token keep what was in memory
     ("groups", "& (groups != 1)", "& (groups > 1)", replace(PLAIN, ids="identical")),
     ("grad_b", "db * scaling", "db", PLAIN),
-    ("tiles", "row_scale.to(tl.float32) * scaling", "row_scale.to(tl.float32)", MIXED),
+    ("tiles", "live) * scaling_of(scaling_ptr, adapter)", "live)", MIXED),
+    ("expand", "row_scale * scaling_of(scalings[i], adapter)", "row_scale", MIXED),
     # every projection has the first one's mask
     ("shrink", "(seed, tokens, k, features, PROJECTION,", "(seed, tokens, k, features, 0,", MIXED),
     ("grad_a", "(seed, tokens, first, features, i,", "(seed, tokens, first, features, 0,", MIXED),
@@ -140,7 +141,7 @@ WRONG_VALUES = [
         "before + lane * 0, mask=live, other=0)",
         PLAIN,
     ),
-    ("shrink", "tl.where(rank > 0, scaling * dot, 0.0)", "scaling * dot * 2", MIXED),
+    ("shrink", "scaling_of(scalings[i], adapter) * dot", "2 * dot", MIXED),
     ("expand", "y += tl.load(base", "y = tl.load(base", PLAIN),
 ]
 
