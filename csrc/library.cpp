@@ -5,6 +5,7 @@
 #include "cpu/adapter.h"
 #include "cpu/compacter.h"
 #include "cpu/delta.h"
+#include "cpu/dropout.h"
 #include "cpu/fusion.h"
 #include "cpu/gated_lora.h"
 #include "cpu/isa.h"
@@ -304,6 +305,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("is_direct", &pelt_fast::is_direct);
   m.def("ordinary_lora_linear", &pelt_fast::ordinary_lora_linear);
   m.def("ordinary_frozen_linear", &pelt_fast::ordinary_frozen_linear);
+  m.def("ordinary_dropout", &pelt_fast::ordinary_dropout);
+  m.def("masked", &pelt_fast::masked, release());
   m.def("ordinary_adapter", &ordinary_adapter);
   m.def("ordinary_compacter", &ordinary_compacter);
   m.def("ordinary_fusion", &ordinary_fusion);

@@ -19,6 +19,7 @@
 #include "check.h"
 #include "cpu/adapter.h"
 #include "cpu/compacter.h"
+#include "cpu/dropout.h"
 #include "cpu/fusion.h"
 #include "cpu/gated_lora.h"
 #include "cpu/lora.h"
@@ -285,6 +286,20 @@ py::object ordinary_frozen_linear(py::handle x, py::handle weight, py::handle bi
     if (y) y = from_rows(*y, reader.x());
   }
   return py::cast(y);
+}
+
+py::object ordinary_dropout(py::handle x, py::handle p) {
+  Reader reader(x);
+  const double rate = reader.probability(p);
+  reader.expect(rate > 0 && rate < 1);
+  if (!reader.ordinary || reader.x().scalar_type() != at::kFloat || !reader.x().is_contiguous())
+    return py::none();
+  at::Tensor mask;
+  {
+    py::gil_scoped_release release;
+    if (draws_as_torch()) mask = draw_mask(reader.x().numel(), 1.0 - rate);
+  }
+  return mask.defined() ? py::cast(mask) : py::none();
 }
 
 py::object ordinary_gated_lora_linear(py::handle x, py::handle weight, py::handle bias,

@@ -27,6 +27,8 @@ pybind11::object ordinary_lora_linear(pybind11::handle x, pybind11::handle weigh
 // where it brings something and a gradient is wanted.
 pybind11::object ordinary_frozen_linear(pybind11::handle x, pybind11::handle weight,
                                         pybind11::handle bias);
+// torch's dropout: returns the mask, drawn as torch would; None where torch must draw it itself.
+pybind11::object ordinary_dropout(pybind11::handle x, pybind11::handle p);
 pybind11::object ordinary_gated_lora_linear(pybind11::handle x, pybind11::handle weight,
                                             pybind11::handle bias, pybind11::handle lora_a,
                                             pybind11::handle lora_b, pybind11::handle gate_weight,

@@ -3,6 +3,7 @@
 from .adapter import BottleneckAdapterFunction
 from .compacter import CompacterFunction
 from .delta import DiffPruningFunction, DiffPruningLinearFunction, MaskedLinearFunction
+from .dropout import MaskedFunction
 from .fusion import AdapterFusionFunction
 from .gated_lora import GatedLoRALinearFunction
 from .lora import LoRALinearFunction
@@ -17,6 +18,7 @@ __all__ = [
     "DiffPruningLinearFunction",
     "GatedLoRALinearFunction",
     "LoRALinearFunction",
+    "MaskedFunction",
     "MaskedLinearFunction",
     "MultiElementwiseFunction",
     "MultiLoRAFunction",

@@ -17,6 +17,7 @@ from . import (
     adapters_paper,
     adapters_prefix,
 )
+from .adapters_base import base_classes
 from .adapters_class import Accelerated, is_fast, is_served
 from .adapters_grouped import grouped_class
 from .obstacles import type_name
@@ -53,11 +54,13 @@ def accelerate(model: nn.Module, compat: str | None = None) -> Report:
     if compat == "paper":
         adapters_paper.check(model)
     report = Report(library="adapters", compat=compat)
+    base = base_classes(model)
     base_dtype = _base_dtype(model)
     changed: list[nn.Module] = []
     for name, module in model.named_modules():
         already = is_served(module)
         fast, reason = (type(module), None) if already else _fast_class(module)
+        fast = fast or base.get(module)
         if fast is not None and not already:
             module.__class__ = fast
             changed.append(module)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..functional import prefix_attention
+from ..functional.attention import attention
 
 
 class Deferred(Tensor):
@@ -60,6 +61,20 @@ class Deferred(Tensor):
         # reached only past __torch_function__, from C++ or a disabled one
         args, kwargs = tree_map_only(Deferred, lambda t: t.whole(), (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+class Query(Deferred):
+    """Queries (B, H, L, D) as they are, whose attention is ours."""
+
+    @classmethod
+    def of(cls, query: Tensor) -> Query:
+        """The same elements."""
+        made: Query = cls._of(query, query.shape)
+        return made
+
+    def concatenate(self) -> Tensor:
+        """All there is."""
+        return self.rest
 
 
 class PrefixedStates(Deferred):
@@ -138,6 +153,11 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor | None:
     """Attention of the parts; None where it must be of the whole tensors."""
+    if isinstance(query, Query):
+        query, key, value, attn_mask = tree_map_only(
+            Deferred, lambda t: t.whole(), (query, key, value, attn_mask)
+        )
+        return attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     parts = (key, value) if attn_mask is None else (key, value, attn_mask)
     if type(query) is not Tensor or any(
         not isinstance(t, Deferred) or t._whole is not None for t in parts
