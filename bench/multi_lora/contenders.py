@@ -32,11 +32,13 @@ MOST_OF_PEFT = 64
 MOST_GATHERED = 512
 """Tokens; each has a copy of its A and B there."""
 NAMES = (
-    *("frozen", "peft", "loop", "gather", "merged", "ours", "ours_rows"),
+    *("frozen", "peft", "loop", "gather", "merged", "ours", "ours_linear", "ours_rows"),
     *(f"ours[{backend}]" for backend in (*BACKENDS, "cuda")),
     "plan",
 )
-"""*ours* has B as `MultiLoRALinear` keeps it, rank by rank; *ours_rows* as (L, out, R) without a gap."""
+"""*ours* is what `MultiLoRALinear` computes: `multi_lora` added to `frozen_linear`, whose W is packed once since it is
+frozen. *ours_linear* adds it to `F.linear`: the adapters' own cost, without what the packed product gains. *ours* has B
+as the layer keeps it, rank by rank; *ours_rows* as (L, out, R) without a gap."""
 
 
 def draw(case: MultiLoRACase, device: torch.device) -> Inputs:
@@ -83,6 +85,10 @@ def _wanted(case: MultiLoRACase) -> tuple[str, ...]:
 
 def _frozen(leaves: Inputs) -> Tensor:
     return F.linear(leaves.x, leaves.weight, leaves.bias)
+
+
+def _packed(leaves: Inputs) -> Tensor:
+    return PF.frozen_linear(leaves.x, leaves.weight, leaves.bias)
 
 
 def _plan(name: str, case: MultiLoRACase, inputs: Inputs) -> Contender:
@@ -231,6 +237,8 @@ def _ours(name: str, case: MultiLoRACase, inputs: Inputs) -> Contender:
     if name == "ours_rows":
         inputs = by_rows(inputs)
     backend = backend_in(name)
+    # who asks for another backend by name gets PyTorch's product, as with `use_backend`
+    base = _frozen if name == "ours_linear" or backend not in (None, "cpp") else _packed
     (a,), (b,) = inputs.lora_a, inputs.lora_b
     scaling = inputs.args[-1][0]
     explanation = pelt_fast.explain(
@@ -240,7 +248,7 @@ def _ours(name: str, case: MultiLoRACase, inputs: Inputs) -> Contender:
     def function(leaves: Inputs) -> Tensor:
         (a,), (b,) = leaves.lora_a, leaves.lora_b
         found: Tensor = PF.multi_lora(
-            leaves.x, a, b, leaves.plan, scaling, base_out=_frozen(leaves), backend=backend
+            leaves.x, a, b, leaves.plan, scaling, base_out=base(leaves), backend=backend
         )
         return found
 

@@ -13,7 +13,9 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <numeric>
 
 #include "blocks.h"
 #include "engine.h"
@@ -68,8 +70,17 @@ struct Segment {
   int64_t all;                  // rows that the adapter has in the batch
 };
 
+// Rows to be added to, by their addresses.
+template <class A>
+struct OutRowsOf {
+  std::array<A*, kChunk> rows;
+  int64_t ahead = 0; // rows that are listed behind them and come next
+  A* operator[](int64_t i) const { return rows[i]; }
+};
+
 template <class T>
 struct Work {
+  using OutRows = OutRowsOf<Acc<T>>;
   using A = Acc<T>;
   const Kernels<T>& kernels;
   Scratch& line;
@@ -109,39 +120,60 @@ struct Work {
     return out;
   }
 
-  // c (rows, n padded to lanes) = or += a (rows, k) · block (k, n) of b that begins at (k0, n0).
-  // A row's sums do not depend on how many rows there are. turn: there are enough to turn a block
-  // of b that lies along k.
-  void product(int64_t rows, int64_t n, int64_t k, const A* a, int64_t lda, const Matrix& b,
-               int64_t k0, int64_t n0, A* c, int64_t ldc, bool accumulate,
-               bool turn = false) const {
-    Workspace& w = workspace();
-    const int64_t padded = round_up(n, kernels.lanes);
-    int64_t ld;
-    if (b.column != 1 && b.row == 1) { // along k
-      const A* bt = rows_of(b.t(), n0, n, k0, k, k, w.right, ld);
-      if (!turn && k >= 8 * kernels.lanes) // shorter sums are not worth adding up their lanes
-        return kernels.dots(rows, n, k, a, lda, bt, ld, c, ldc, accumulate);
-      A* turned = w.delta.template get<A>(k * padded);
-      if (padded > n)
-        for (int64_t p = 0; p < k; ++p)
-          std::fill(turned + p * padded + n, turned + (p + 1) * padded, A(0));
-      kernels.transpose(n, k, bt, ld, turned, padded);
-      return kernels.gemm_wide(rows, padded, k, a, lda, turned, padded, c, ldc, accumulate);
-    }
-    const A* block = rows_of(b, k0, k, n0, n, padded, w.right, ld);
-    kernels.gemm_wide(rows, padded, k, a, lda, block, ld, c, ldc, accumulate);
+  // Block (n, k) of b, which lies along k, turned: (k, n padded to lanes).
+  const A* turned(int64_t n, int64_t k, const A* b, int64_t ld, int64_t padded) const {
+    A* out = workspace().delta.template get<A>(k * padded);
+    for (int64_t p = 0; padded > n && p < k; ++p)
+      std::fill(out + p * padded + n, out + (p + 1) * padded, A(0));
+    kernels.transpose(n, k, b, ld, out, padded);
+    return out;
   }
 
-  // The same; c lies in a result, whose rows memory likes to be read and written along.
-  void product_into(int64_t rows, int64_t n, int64_t k, const A* a, int64_t lda, const Matrix& b,
-                    int64_t n0, A* c, int64_t ldc, bool accumulate) const {
-    for (int64_t r = 0; r < rows; r += kBand) {
-      for (int64_t next = r + kBand; next < std::min(rows, r + 2 * kBand); ++next)
-        prefetch(c + next * ldc, n * int64_t(sizeof(A)));
-      product(std::min(kBand, rows - r), n, k, a + r * lda, lda, b, 0, n0, c + r * ldc, ldc,
-              accumulate);
+  // c (m, n padded to lanes) = or += rows (m, k) · block (k, n) of b that begins in row k0. A row's
+  // sums do not depend on how many rows there are. many: enough of them to turn a block of b that
+  // lies along k.
+  void shrink(int64_t m, int64_t n, int64_t k, const A* const* rows, const Matrix& b, int64_t k0,
+              A* c, int64_t ldc, bool accumulate, bool many) const {
+    const int64_t padded = round_up(n, kernels.lanes);
+    int64_t ld;
+    if (b.column == 1 || b.row != 1) {
+      const A* block = rows_of(b, k0, k, 0, n, padded, workspace().right, ld);
+      return kernels.rows.gemm_from(m, padded, k, rows, block, ld, c, ldc, accumulate);
     }
+    const A* block = rows_of(b.t(), 0, n, k0, k, k, workspace().right, ld);
+    if (many || k < 8 * kernels.lanes) // shorter sums are not worth adding up their lanes
+      return kernels.rows.gemm_from(m, padded, k, rows, turned(n, k, block, ld, padded), padded, c,
+                                    ldc, accumulate);
+    for (int64_t i = 0; i < m; i += 2) // any two rows lie evenly
+      kernels.dots(std::min<int64_t>(2, m - i), n, k, rows[i],
+                   i + 1 < m ? rows[i + 1] - rows[i] : 0, block, ld, c + i * ldc, ldc, accumulate);
+  }
+
+  // body(first row, rows, first column, columns) for the parts of m rows with n columns that
+  // products with b are best added to: few rows and many columns of them, as they lie in memory;
+  // or, where a piece of b has to be made ready first, all rows with it.
+  template <class Body>
+  void bands(int64_t m, const Matrix& b, int64_t n, const Body& body) const {
+    const bool ready = b.column == 1 && b.wide;
+    const int64_t band = ready ? kBand : m, piece = ready ? kWide : kColumns;
+    for (int64_t row = 0; row < m; row += band)
+      for (int64_t j = 0; j < n; j += piece)
+        body(row, std::min(band, m - row), j, std::min(piece, n - j));
+  }
+
+  // rows (m, n padded to lanes) = or += a (m, k) · columns [n0, n0 + n) of b (k, ·)
+  void expand(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const Matrix& b, int64_t n0,
+              const OutRows& rows, bool accumulate) const {
+    const int64_t padded = round_up(n, kernels.lanes);
+    int64_t ld;
+    if (b.column != 1 && b.row == 1) {
+      const A* block = rows_of(b.t(), n0, n, 0, k, k, workspace().right, ld);
+      return kernels.rows.gemm_into(m, padded, k, a, lda, turned(n, k, block, ld, padded), padded,
+                                    rows.rows.data(), rows.ahead, accumulate);
+    }
+    const A* block = rows_of(b, 0, k, n0, n, padded, workspace().right, ld);
+    kernels.rows.gemm_into(m, padded, k, a, lda, block, ld, rows.rows.data(), rows.ahead,
+                           accumulate);
   }
 };
 
@@ -206,23 +238,50 @@ struct Call {
     return row_scale ? scaling(i, g) * row_scale[t] : scaling(i, g);
   }
 
+  // What a row of an adapter's costs, about.
+  int64_t cost(int64_t g) const {
+    int64_t sum = 8;
+    for (int64_t i = 0; g >= 0 && i < n(); ++i) sum += rank(i, g);
+    return sum;
+  }
+
+  // body(task) of tasks in order; each thread has about the same sum of costs.
+  template <class Task, class Body>
+  static void share(const std::vector<Task>& tasks, const std::vector<int64_t>& costs,
+                    int64_t threads, const Body& body) {
+    const int64_t total = std::accumulate(costs.begin(), costs.end(), int64_t(0));
+    std::vector<size_t> first{0}; // of each thread
+    int64_t sum = 0;
+    for (size_t i = 0; i < tasks.size(); ++i) {
+      // where the middle of a task lies says whose it is
+      while (int64_t(first.size()) < threads &&
+             (2 * sum + costs[i]) * threads >= 2 * total * int64_t(first.size()))
+        first.push_back(i);
+      sum += costs[i];
+    }
+    first.resize(size_t(threads) + 1, tasks.size());
+    at::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
+      for (size_t i = first[size_t(from)]; i < first[size_t(to)]; ++i) body(tasks[i]);
+    });
+  }
+
   // body(tile), tiles in any order and thread
   template <class Body>
   void tiles(int64_t tokens, int64_t products, const Body& body) const {
     const int64_t threads = products < Plan::kAlone ? 1 : at::get_num_threads();
     const int64_t size =
-        std::clamp<int64_t>(round_up((tokens + 2 * threads - 1) / (2 * threads), 8), 8, kChunk);
+        std::clamp<int64_t>(round_up((tokens + threads - 1) / threads, 8), 8, kChunk);
     std::vector<Segment> tiles;
+    std::vector<int64_t> costs;
     for (const Segment& s : segments)
-      for (int64_t r = 0; r < s.rows; r += size)
+      for (int64_t r = 0; r < s.rows; r += size) {
         tiles.push_back({s.adapter, s.begin + r, std::min(size, s.rows - r), s.all});
-    at::parallel_for(0, int64_t(tiles.size()), threads == 1 ? int64_t(tiles.size()) : 1,
-                     [&](int64_t from, int64_t to) {
-                       for (int64_t i = from; i < to; ++i) body(tiles[i]);
-                     });
+        costs.push_back(tiles.back().rows * cost(s.adapter));
+      }
+    share(tiles, costs, threads, body);
   }
 
-  // Tasks (segment, projection, columns) of a sum over rows, with about as much work each.
+  // Tasks (segment, projection, columns) of a sum over rows.
   template <class Body>
   void sums(const std::vector<int64_t>& widths, const Body& body) const {
     struct Task {
@@ -230,38 +289,39 @@ struct Call {
       int64_t projection, begin, columns;
     };
     std::vector<Task> tasks;
-    constexpr int64_t width = 256;
+    std::vector<int64_t> costs;
+    // wide ones read what is shared fewer times, if there is one for everybody
+    const int64_t threads = at::get_num_threads(),
+                  width = int64_t(segments.size()) < 4 * threads ? 256 : 1024;
     for (const Segment& s : segments)
       for (int64_t i = 0; s.adapter >= 0 && i < n(); ++i)
-        for (int64_t c = 0; rank(i, s.adapter) > 0 && c < widths[i]; c += width)
+        for (int64_t c = 0; rank(i, s.adapter) > 0 && c < widths[i]; c += width) {
           tasks.push_back({&s, i, c, std::min(width, widths[i] - c)});
-    at::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; ++i)
-        body(*tasks[i].segment, tasks[i].projection, tasks[i].begin, tasks[i].columns);
+          // what is written costs too
+          costs.push_back((s.rows + 8) * rank(i, s.adapter) * tasks.back().columns);
+        }
+    share(tasks, costs, threads, [&](const Task& task) {
+      body(*task.segment, task.projection, task.begin, task.columns);
     });
   }
 
-  // How far apart the tile's rows lie in x, in rows; 0: not evenly. A single row is its own.
-  int64_t apart(const Segment& tile) const {
-    if (tile.rows == 1) return 1;
-    const int32_t* rows = perm.data() + tile.begin;
-    const int64_t step = rows[1] - rows[0];
-    for (int64_t r = 2; r < tile.rows; ++r)
-      if (rows[r] - rows[r - 1] != step) return 0;
-    return std::max<int64_t>(step, 0);
-  }
+  using Rows = std::array<const A*, kChunk>;
+  using OutRows = OutRowsOf<A>;
 
   // Columns [k0, k0 + kc) of the tile's rows of x in A, then zeros up to padded, through projection
-  // i's mask (i < 0: none): as they lie in memory where that serves, else a copy.
-  Tile<A> rows_in(const Segment& tile, const T* x, int64_t stride, int64_t k0, int64_t kc,
-                  int64_t padded, int64_t i, Scratch& scratch) const {
+  // i's mask (i < 0: none): where they lie in memory if that serves, else copies. again: each is
+  // read several times.
+  Rows rows_in(const Segment& tile, const T* x, int64_t stride, int64_t k0, int64_t kc,
+               int64_t padded, int64_t i, bool again, Scratch& scratch) const {
+    Rows rows;
     const bool masked = i >= 0 && masks[i];
     if constexpr (std::is_same_v<T, A>) {
-      const int64_t ld = apart(tile) * stride;
       // many rows that fall into the same cache sets are better copied
-      const bool spread = tile.rows <= 8 || ld * int64_t(sizeof(A)) % 4096 != 0;
-      if (!masked && padded == kc && ld > 0 && spread)
-        return {x + perm[tile.begin] * stride + k0, ld};
+      const bool spread = !again || tile.rows <= 8 || stride * int64_t(sizeof(A)) % 4096 != 0;
+      if (!masked && padded == kc && spread) {
+        for (int64_t r = 0; r < tile.rows; ++r) rows[r] = x + perm[tile.begin + r] * stride + k0;
+        return rows;
+      }
     }
     A* out = scratch.template get<A>(tile.rows * padded);
     for (int64_t r = 0; r < tile.rows; ++r) {
@@ -272,18 +332,39 @@ struct Call {
           masked ? masks[i].words(kernels, t, k0, kc, workspace().random) : nullptr;
       kernels.widen(kc, padded, x + t * stride + k0, words, words ? masks[i].threshold : 0,
                     out + r * padded);
+      rows[r] = out + r * padded;
     }
-    return {out, padded};
+    return rows;
   }
 
-  // Where the products of a tile's rows with n columns can be added: the tile's rows of y
-  // themselves, or nowhere.
-  Tile<A> rows_out(const Segment& tile, T* y, int64_t stride, int64_t n) const {
+  // Columns [n0, n0 + nc) of rows of a result, to be added to: the band's own where they are whole
+  // vectors of A, else room for a copy. The band is a part of the tile.
+  OutRows rows_out(const Segment& tile, const Segment& band, T* y, int64_t stride, int64_t n0,
+                   int64_t nc, Scratch& scratch) const {
+    OutRows out;
     if constexpr (std::is_same_v<T, A>) {
-      const int64_t ld = apart(tile) * stride;
-      if (ld > 0 && n % kernels.lanes == 0) return {y + perm[tile.begin] * stride, ld};
+      if (nc % kernels.lanes == 0) {
+        out.ahead = std::min(band.rows, tile.begin + tile.rows - band.begin - band.rows);
+        for (int64_t r = 0; r < band.rows + out.ahead; ++r)
+          out.rows[r] = y + perm[band.begin + r] * stride + n0;
+        return out;
+      }
     }
-    return {nullptr, 0};
+    const int64_t ld = round_up(nc, kernels.lanes);
+    A* memory = scratch.template get<A>(band.rows * ld);
+    for (int64_t r = 0; r < band.rows; ++r) out.rows[r] = memory + r * ld;
+    return out;
+  }
+  // Copies among them, rounded into the result.
+  void store(const Segment& tile, const OutRows& rows, int64_t nc, T* y, int64_t stride,
+             int64_t n0) const {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      T* to = y + perm[tile.begin + r] * stride + n0;
+      if (!is_own(rows[r], to)) kernels.narrow(nc, rows[r], nullptr, to);
+    }
+  }
+  static bool is_own(const A* row, const T* y) {
+    return static_cast<const void*>(row) == static_cast<const void*>(y);
   }
 
   // (rank, rows), the tile's rows of s or ds turned: element (j, r) times factor(r)
@@ -294,9 +375,13 @@ struct Call {
     A* row = workspace().left.template get<A>(rank);
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t t = perm[tile.begin + r];
-      kernels.widen(rank, rank, s + t * total + column, nullptr, 0, row);
+      const A* from = row;
+      if constexpr (std::is_same_v<T, A>)
+        from = s + t * total + column;
+      else
+        kernels.widen(rank, rank, s + t * total + column, nullptr, 0, row);
       const A f = factor(t);
-      for (int64_t j = 0; j < rank; ++j) out[j * tile.rows + r] = row[j] * f;
+      for (int64_t j = 0; j < rank; ++j) out[j * tile.rows + r] = from[j] * f;
     }
     return out;
   }
@@ -394,9 +479,9 @@ MultiLoRAOutput multi_lora_fwd(const at::Tensor& x, const std::vector<OptionalTe
         const int64_t step = r ? block_of(r) : features;
         for (int64_t k0 = 0; r && k0 < features; k0 += step) {
           const int64_t kc = std::min(step, features - k0);
-          const Tile<A> left = call.rows_in(tile, from, stride, k0, kc, kc, i, w.left);
-          work.product(m, r, kc, left.data, left.stride, a.t(), k0, 0, sums, padded, k0 > 0,
-                       tile.all >= kMany);
+          const auto rows =
+              call.rows_in(tile, from, stride, k0, kc, kc, i, r > 2 * kernels.lanes, w.left);
+          work.shrink(m, r, kc, rows.data(), a.t(), k0, sums, padded, k0 > 0, tile.all >= kMany);
         }
         for (int64_t row = 0; row < m; ++row) {
           const int64_t t = call.perm[tile.begin + row];
@@ -411,47 +496,23 @@ MultiLoRAOutput multi_lora_fwd(const at::Tensor& x, const std::vector<OptionalTe
           for (int64_t j = 0; j < r; ++j) sum[j] *= factor;
         }
         if (!r && inplace) continue;
-        // along the rank a piece of B is turned first: once for all rows, not once a band
-        const Tile<A> direct = b.row == 1 || m <= kBand
-                                   ? call.rows_out(tile, to[i], to_stride[i], width[i])
-                                   : Tile<A>{nullptr, 0};
-        for (int64_t row = 0; direct.data && !inplace && row < m; ++row) {
-          const int64_t t = call.perm[tile.begin + row];
-          A* y = const_cast<A*>(direct.data) + row * direct.stride;
-          if (base[i])
-            kernels.widen(width[i], width[i], data<T>(*base[i]) + t * base[i]->stride(0), nullptr,
-                          0, y);
-          else
-            std::fill_n(y, width[i], A(0));
-        }
-        for (int64_t n0 = 0; direct.data && r && n0 < width[i]; n0 += kWide)
-          work.product_into(m, std::min(kWide, width[i] - n0), r, sums, padded, b.t(), n0,
-                            const_cast<A*>(direct.data) + n0, direct.stride, true);
-        if (direct.data) continue;
-        // few rows and many columns of them, as they lie in memory; or, where a piece of B has to
-        // be made ready first, all rows with it
-        const bool ready = b.row == 1 && b.wide;
-        const int64_t band = ready ? kBand / 2 : m, piece = ready ? kWide : kColumns;
-        for (int64_t row0 = 0; row0 < m; row0 += band) {
-          const int64_t rows = std::min(band, m - row0);
-          for (int64_t n0 = 0; n0 < width[i]; n0 += piece) {
-            const int64_t nc = std::min(piece, width[i] - n0), ld = round_up(nc, kernels.lanes);
-            A* c = w.product.template get<A>(rows * ld);
-            for (int64_t row = 0; row < rows; ++row) {
-              const int64_t t = call.perm[tile.begin + row0 + row];
-              if (base[i])
-                kernels.widen(nc, ld, data<T>(*base[i]) + t * base[i]->stride(0) + n0, nullptr, 0,
-                              c + row * ld);
-              else
-                std::fill_n(c + row * ld, ld, A(0));
-            }
-            if (r)
-              work.product(rows, nc, r, sums + row0 * padded, padded, b.t(), 0, n0, c, ld, true);
-            for (int64_t row = 0; row < rows; ++row)
-              kernels.narrow(nc, c + row * ld, nullptr,
-                             to[i] + call.perm[tile.begin + row0 + row] * to_stride[i] + n0);
+        const bool add = bool(base[i]); // to the base, not to what is in memory
+        work.bands(m, b.t(), width[i], [&](int64_t row0, int64_t rows, int64_t n0, int64_t nc) {
+          const Segment band{g, tile.begin + row0, rows, tile.all};
+          const auto c = call.rows_out(tile, band, to[i], to_stride[i], n0, nc, w.product);
+          const int64_t ld = round_up(nc, kernels.lanes);
+          for (int64_t row = 0; row < rows; ++row) {
+            const int64_t t = call.perm[band.begin + row];
+            if (inplace && call.is_own(c[row], to[i] + t * to_stride[i] + n0)) continue;
+            if (add)
+              kernels.widen(nc, ld, data<T>(*base[i]) + t * base[i]->stride(0) + n0, nullptr, 0,
+                            c[row]);
+            else if (!r)
+              std::fill_n(c[row], ld, A(0));
           }
-        }
+          if (r) work.expand(rows, nc, r, sums + row0 * padded, padded, b.t(), n0, c, add);
+          call.store(band, c, nc, to[i], to_stride[i], n0);
+        });
       }
     });
   });
@@ -502,10 +563,10 @@ MultiLoRAGradients multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::T
           const int64_t step = block_of(r);
           for (int64_t n0 = 0; n0 < width[i]; n0 += step) {
             const int64_t nc = std::min(step, width[i] - n0);
-            const Tile<A> left =
-                call.rows_in(tile, data<T>(dy[i]), dy[i].stride(0), n0, nc, nc, -1, w.left);
-            work.product(m, r, nc, left.data, left.stride, call.b[i][g], n0, 0, of[i], padded,
-                         n0 > 0, tile.all >= kMany);
+            const auto rows = call.rows_in(tile, data<T>(dy[i]), dy[i].stride(0), n0, nc, nc, -1,
+                                           r > 2 * kernels.lanes, w.left);
+            work.shrink(m, r, nc, rows.data(), call.b[i][g], n0, of[i], padded, n0 > 0,
+                        tile.all >= kMany);
           }
           for (int64_t row = 0; row < m; ++row) {
             const int64_t t = call.perm[tile.begin + row];
@@ -524,40 +585,42 @@ MultiLoRAGradients multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::T
             kernels.widen(r, r, rounded, nullptr, 0, sum);
           }
         }
+        if (!dx) return;
         const bool masked = call.dropout();
-        const Tile<A> direct =
-            dx && !masked ? call.rows_out(tile, dx, features, features) : Tile<A>{nullptr, 0};
-        for (int64_t k0 = 0; dx && k0 < features; k0 += kColumns) {
-          const int64_t kc = std::min(kColumns, features - k0);
-          const int64_t width = direct.data ? direct.stride : round_up(kc, kernels.lanes);
-          A* c =
-              direct.data ? const_cast<A*>(direct.data) + k0 : w.product.template get<A>(m * width);
-          bool begun = false;
-          for (int64_t i = 0; i < call.n(); ++i) {
-            if (!of[i]) continue;
-            const int64_t r = call.rank(i, g), padded = round_up(r, kernels.lanes);
-            const Matrix a = call.a[i][g];
-            if (!masked) {
-              work.product_into(m, kc, r, of[i], padded, a, k0, c, width, begun);
-              begun = true;
-              continue;
-            }
-            if (!begun) std::fill_n(c, m * width, A(0));
-            begun = true;
-            A* delta = w.masked.template get<A>(m * width);
-            work.product(m, kc, r, of[i], padded, a, 0, k0, delta, width, false);
-            for (int64_t row = 0; row < m; ++row)
-              kernels.add_masked(
-                  kc, delta + row * width, call.keep,
-                  call.masks[i].words(kernels, call.perm[tile.begin + row], k0, kc, w.random),
-                  call.masks[i].threshold, c + row * width);
-          }
-          for (int64_t row = 0; !begun && row < m; ++row) std::fill_n(c + row * width, kc, A(0));
-          if (direct.data) continue;
-          for (int64_t row = 0; row < m; ++row)
-            kernels.narrow(kc, c + row * width, nullptr,
-                           dx + call.perm[tile.begin + row] * features + k0);
-        }
+        work.bands(
+            m, call.a[0][std::max<int64_t>(g, 0)], features,
+            [&](int64_t row0, int64_t rows, int64_t k0, int64_t kc) {
+              const Segment band{g, tile.begin + row0, rows, tile.all};
+              const auto c = call.rows_out(tile, band, dx, features, k0, kc, w.product);
+              const int64_t ld = round_up(kc, kernels.lanes);
+              bool begun = false;
+              for (int64_t i = 0; i < call.n(); ++i) {
+                if (!of[i]) continue;
+                const int64_t r = call.rank(i, g), padded = round_up(r, kernels.lanes);
+                const Matrix a = call.a[i][g];
+                const A* sums = of[i] + row0 * padded;
+                if (!masked) {
+                  work.expand(rows, kc, r, sums, padded, a, k0, c, begun);
+                  begun = true;
+                  continue;
+                }
+                typename Call<T>::OutRows delta;
+                for (int64_t row = 0; row < rows; ++row)
+                  delta.rows[row] =
+                      (row ? delta[0] : w.masked.template get<A>(rows * ld)) + row * ld;
+                work.expand(rows, kc, r, sums, padded, a, k0, delta, false);
+                for (int64_t row = 0; row < rows; ++row) {
+                  if (!begun) std::fill_n(c[row], ld, A(0));
+                  kernels.add_masked(
+                      kc, delta[row], call.keep,
+                      call.masks[i].words(kernels, call.perm[band.begin + row], k0, kc, w.random),
+                      call.masks[i].threshold, c[row]);
+                }
+                begun = true;
+              }
+              for (int64_t row = 0; !begun && row < rows; ++row) std::fill_n(c[row], ld, A(0));
+              call.store(band, c, kc, dx, features, k0);
+            });
       });
     }
 
@@ -577,9 +640,9 @@ MultiLoRAGradients multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::T
       for (int64_t r = 0; r < segment.rows; r += kChunk) {
         const Segment chunk{segment.adapter, segment.begin + r, std::min(kChunk, segment.rows - r),
                             segment.all};
-        const Tile<A> rows = right(chunk, padded);
-        kernels.gemm_wide(rank, padded, chunk.rows, left(chunk), chunk.rows, rows.data, rows.stride,
-                          c, ld, r > 0);
+        const auto rows = right(chunk, padded);
+        kernels.rows.gemm_over(rank, padded, chunk.rows, left(chunk), chunk.rows, rows.data(), c,
+                               ld, r > 0);
       }
       if (there) return;
       int64_t lines = rank, length = columns, apart = ld, stride = along_rank;
@@ -602,21 +665,22 @@ MultiLoRAGradients multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::T
     if (need_da) {
       for (int64_t i = 0; i < call.n(); ++i)
         da.push_back(gradient_of(arguments.lora_a[i], call, i));
-      call.sums(std::vector<int64_t>(call.n(), features), [&](const Segment& segment, int64_t i,
-                                                              int64_t first, int64_t columns) {
-        Workspace& w = workspace();
-        const int64_t r = call.rank(i, segment.adapter);
-        sum_rows(
-            da[i], da[i].stride(1), da[i].stride(2), segment, r, columns, first,
-            [&](const Segment& chunk) {
-              return call.turned(
-                  chunk, shrunk, call.offset[i], r, [&](int64_t) { return call.keep; },
-                  w.transposed);
-            },
-            [&](const Segment& chunk, int64_t ld) {
-              return call.rows_in(chunk, data<T>(x), x.stride(0), first, columns, ld, i, w.right);
-            });
-      });
+      call.sums(std::vector<int64_t>(call.n(), features),
+                [&](const Segment& segment, int64_t i, int64_t first, int64_t columns) {
+                  Workspace& w = workspace();
+                  const int64_t r = call.rank(i, segment.adapter);
+                  sum_rows(
+                      da[i], da[i].stride(1), da[i].stride(2), segment, r, columns, first,
+                      [&](const Segment& chunk) {
+                        return call.turned(
+                            chunk, shrunk, call.offset[i], r, [&](int64_t) { return call.keep; },
+                            w.transposed);
+                      },
+                      [&](const Segment& chunk, int64_t ld) {
+                        return call.rows_in(chunk, data<T>(x), x.stride(0), first, columns, ld, i,
+                                            true, w.right);
+                      });
+                });
     }
     if (need_db) {
       for (int64_t i = 0; i < call.n(); ++i)
@@ -633,7 +697,7 @@ MultiLoRAGradients multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::T
             },
             [&](const Segment& chunk, int64_t ld) {
               return call.rows_in(chunk, data<T>(dy[i]), dy[i].stride(0), first, columns, ld, -1,
-                                  w.right);
+                                  true, w.right);
             });
       });
     }

@@ -1,5 +1,5 @@
-// Kernels of one row: layernorm, activations, sums and products of elements; tables like
-// kernels.h's.
+// Kernels of one row: layernorm, activations, sums and products of elements; and products of rows
+// that lie anywhere. Tables like kernels.h's.
 #pragma once
 
 #include <cstdint>
@@ -66,6 +66,19 @@ struct RowKernels {
   // scale · score, and what the other terms' part is multiplied with is returned. n_padded is a
   // multiple of the lanes; zeros from n on.
   A (*join_softmax)(int64_t n, int64_t n_padded, A scale, A log_sum, A* scores);
+
+  // Products with a matrix whose rows are given by their addresses; all in A, n a multiple of the
+  // lanes, sums in the order of Kernels::gemm_wide.
+  // c (m, n) = or += rows (m, k) · b (k, n)
+  void (*gemm_from)(int64_t m, int64_t n, int64_t k, const A* const* rows, const A* b, int64_t ldb,
+                    A* c, int64_t ldc, bool accumulate);
+  // rows (m, n) = or += a (m, k) · b (k, n). As many addresses as `ahead` follow those of rows, of
+  // what comes next and is asked for meanwhile.
+  void (*gemm_into)(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b,
+                    int64_t ldb, A* const* rows, int64_t ahead, bool accumulate);
+  // c (m, n) = or += a (m, k) · rows (k, n)
+  void (*gemm_over)(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* const* rows,
+                    A* c, int64_t ldc, bool accumulate);
 };
 
 } // namespace pelt_fast

@@ -428,6 +428,128 @@ void activate_backward(Activation kind, int64_t n, const A* q, A* da) {
 #undef PELT_RUN
 }
 
+// ---- products of rows that lie anywhere ----
+
+// Rows that lie anywhere are no stream that the hardware could foresee: memory is asked for the
+// next ones while these are multiplied.
+template <class P>
+PELT_INLINE void ask_for(const P* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += int64_t(64 / sizeof(P))) __builtin_prefetch(p + i);
+}
+
+// A matrix in A, row-major.
+template <class P>
+struct Dense {
+  static constexpr bool listed = false;
+  P* data;
+  int64_t ld;
+  PELT_INLINE P* operator[](int64_t i) const { return data + i * ld; }
+};
+
+// Columns from `first` on of rows that are given by their addresses.
+template <class P>
+struct Listed {
+  static constexpr bool listed = true;
+  P* const* rows;
+  int64_t first;
+  PELT_INLINE P* operator[](int64_t i) const { return rows[i] + first; }
+};
+
+// Columns [0, NV · N) of MR rows, as micro() makes them. ask: for the columns of b after the next.
+template <int MR, int NV, bool ask, class A, class Left, class Right, class Out>
+PELT_INLINE void row_micro(int64_t k, int64_t row, Left a, int64_t p0, Right b, Out c,
+                           bool accumulate) {
+  using V = typename Vec<A>::type;
+  constexpr int N = Vec<A>::N;
+  const A* left[MR];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) left[i] = a[row + i] + p0;
+  V acc[MR][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[i][v] = V{};
+#pragma GCC unroll 2
+  for (int64_t p = 0; p < k; ++p) {
+    const A* right = b[p0 + p];
+    if constexpr (ask) __builtin_prefetch(right + 2 * NV * N);
+    V value[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) value[v] = load<V>(right + v * N);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[i][v] += left[i][p] * value[v];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      A* to = c[row + i] + v * N;
+      store(to, accumulate ? load<V>(to) + acc[i][v] : acc[i][v]);
+    }
+}
+
+// All of k for some rows before the next ones: rows are read along. first: a is new to the caches.
+template <int MR, int NV, class A, class Left, class Right, class Out>
+void row_strip(int64_t row, int64_t m, int64_t k, Left a, Right b, Out c, bool accumulate,
+               bool first) {
+  for (; m - row >= MR; row += MR)
+    for (int64_t p = 0; p < k; p += kRun<A>) {
+      const int64_t run = k - p < kRun<A> ? k - p : kRun<A>;
+      if constexpr (Left::listed) {
+        for (int64_t next = row + MR; first && next < m && next < row + 2 * MR; ++next)
+          ask_for(a[next] + p, run);
+      }
+      if (Right::listed && row == 0)
+        row_micro<MR, NV, true, A>(run, row, a, p, b, c, accumulate || p > 0);
+      else
+        row_micro<MR, NV, false, A>(run, row, a, p, b, c, accumulate || p > 0);
+    }
+  if constexpr (MR > 1) {
+    if (row < m)
+      row_strip<(MR > 8 ? 8 : MR > 4 ? 4 : MR / 2), NV, A>(row, m, k, a, b, c, accumulate, first);
+  }
+}
+
+// b(j), c(j): from column j on.
+template <class A, class Left, class Right, class Out>
+void row_gemm(int64_t m, int64_t n, int64_t k, Left a, const Right& b, const Out& c, int64_t ahead,
+              bool accumulate) {
+  constexpr int N = Vec<A>::N;
+  constexpr int wide_rows = PELT_BYTES == 64 ? 12 : 6, narrow_rows = PELT_BYTES == 64 ? 16 : 12;
+  int64_t j = 0;
+  for (; j + 2 * N <= n; j += 2 * N) {
+    for (int64_t i = m; i < m + ahead; ++i) ask_for(c(j)[i], 2 * N);
+    row_strip<wide_rows, 2, A>(0, m, k, a, b(j), c(j), accumulate, j == 0);
+  }
+  if (j < n) row_strip<narrow_rows, 1, A>(0, m, k, a, b(j), c(j), accumulate, j == 0);
+}
+
+template <class A>
+void gemm_from(int64_t m, int64_t n, int64_t k, const A* const* rows, const A* b, int64_t ldb, A* c,
+               int64_t ldc, bool accumulate) {
+  row_gemm<A>(
+      m, n, k, Listed<const A>{rows, 0}, [=](int64_t j) { return Dense<const A>{b + j, ldb}; },
+      [=](int64_t j) { return Dense<A>{c + j, ldc}; }, 0, accumulate);
+}
+
+template <class A>
+void gemm_into(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb,
+               A* const* rows, int64_t ahead, bool accumulate) {
+  row_gemm<A>(
+      m, n, k, Dense<const A>{a, lda}, [=](int64_t j) { return Dense<const A>{b + j, ldb}; },
+      [=](int64_t j) { return Listed<A>{rows, j}; }, ahead, accumulate);
+}
+
+template <class A>
+void gemm_over(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* const* rows, A* c,
+               int64_t ldc, bool accumulate) {
+  row_gemm<A>(
+      m, n, k, Dense<const A>{a, lda}, [=](int64_t j) { return Listed<const A>{rows, j}; },
+      [=](int64_t j) { return Dense<A>{c + j, ldc}; }, 0, accumulate);
+}
+
 template <class T>
 constexpr RowKernels<T> row_table() {
   using A = Acc<T>;
@@ -437,5 +559,6 @@ constexpr RowKernels<T> row_table() {
           row_moments<A>,      row_normalise<T, A>,
           row_normalise<A, A>, row_normalise_backward<A>,
           activate<A>,         activate_backward<A>,
-          row_join_softmax<A>};
+          row_join_softmax<A>, gemm_from<A>,
+          gemm_into<A>,        gemm_over<A>};
 }

@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..functional import explain, lora_linear, multi_lora
+from ..functional import explain, frozen_linear, lora_linear, multi_lora
 from . import peft_prefix
 from .obstacles import dtype_name, type_name
 from .peft_mixed import mixed_operands, recomputed_names, remembered
@@ -60,13 +60,12 @@ class AcceleratedLinear(lora.Linear):
                 if self.training and name in self.lora_variant:
                     raise ValueError(f"{_IN_TRAINING} {found}")
             return super().forward(x, adapter_names=names)
-        out: Tensor = self.base_layer(x)
         if found is None:
-            return out
-        arguments, biases = found
-        if biases is not None:
-            out = (out + biases.view(out.shape)).to(out.dtype)
-        return multi_lora(x, **arguments, base_out=out, training=True)
+            return self.base_layer(x)
+        out = frozen_linear(x, found.weight, found.bias)
+        if found.lora_biases is not None:
+            out = (out + found.lora_biases.view(out.shape)).to(out.dtype)
+        return multi_lora(x, **found.arguments, base_out=out, training=True)
 
 
 class AcceleratedModel(LoraModel):

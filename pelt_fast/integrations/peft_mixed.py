@@ -25,10 +25,19 @@ BASE = "__base__"
 """What PEFT calls the rows that have no adapter."""
 
 
+class MixedOperands(NamedTuple):
+    """The base's product, and what is added to it."""
+
+    weight: Tensor  # (out, in)
+    bias: Tensor | None
+    lora_biases: Tensor | None  # of B, for each row: (T, out)
+    arguments: Operands  # of ``multi_lora`` after x, but for the base's output
+
+
 def mixed_operands(
     layer: lora.Linear, x: Tensor, names: Sequence[str]
-) -> tuple[Operands, Tensor | None] | str | None:
-    """The arguments of ``multi_lora`` after x but for the base's output, and the biases of B, (T, out).
+) -> MixedOperands | str | None:
+    """What the layer computes with for a batch whose samples name their adapters.
 
     Args:
         layer: the LoRA layer.
@@ -36,7 +45,7 @@ def mixed_operands(
         names: the adapter of each of the B samples.
 
     Returns:
-        The arguments; or None: no sample has an adapter on this layer; or the reason why PEFT's forward must run.
+        The operands; or None: no sample has an adapter on this layer; or the reason why PEFT's forward must run.
     """
     present = layer._modules["lora_A"]._modules
     used = adapters_of(tuple(names))
@@ -47,7 +56,8 @@ def mixed_operands(
     obstacle = state_obstacle(layer, x)
     if obstacle is not None:
         return obstacle
-    weight, autocast = parameter(layer._modules["base_layer"], "weight"), is_cast(x)
+    base = layer._modules["base_layer"]
+    weight, autocast = parameter(base, "weight"), is_cast(x)
     adapters: list[StackedLoRA | None] = []
     rates = set()
     for name in used:
@@ -67,14 +77,17 @@ def mixed_operands(
     biases = None
     if stack.bias is not None:
         biases = F.embedding(plan.arrays[0], stack.bias)
-    return {
+    arguments = {
         "lora_a": stack.lora_a,
         "lora_b": stack.lora_b,
         "plan": plan,
         "scaling": stack.scaling,
         "ranks": stack.ranks,
         "dropout_p": rates.pop(),
-    }, biases
+    }
+    # Conv1D keeps its weight as (in, out)
+    matrix = weight if isinstance(base, nn.Linear) else weight.t()
+    return MixedOperands(matrix, parameter(base, "bias"), biases, arguments)
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .. import functional
 from ..segments import MultiAdapterPlan, current_plan
@@ -229,7 +228,7 @@ class MultiLoRALinear(nn.Module):
         if not torch.compiler.is_compiling():
             self._check_recomputation(plan)
         base = self.base_layer
-        y = F.linear(x, base.weight, base.bias)
+        y = functional.frozen_linear(x, base.weight, base.bias)
         if plan is None:
             return y
         out: Tensor = functional.multi_lora(
