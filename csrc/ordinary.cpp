@@ -257,11 +257,12 @@ namespace {
 
 // Where a product with a packed weight beats torch's own. Few rows: nothing to pack at each call.
 // Half precision: torch has no fast product without instructions for it. Many rows of float32:
-// measured on AVX2, where torch's library takes 1.1 to 1.3 times as long.
-bool pays_to_pack(at::ScalarType dtype, int64_t rows, bool gradient) {
+// measured on AVX2, where torch's library takes 1.1 to 1.3 times as long. A gradient changes
+// nothing: a checkpoint runs without and again with one, and must find the same bits.
+bool pays_to_pack(at::ScalarType dtype, int64_t rows) {
   if (rows < 2) return false; // torch's matrix times vector
   if (at::elementSize(dtype) == 2) return true;
-  if (rows <= kFewRows) return !gradient;
+  if (rows <= kFewRows) return true;
   return dtype == at::kFloat && current_isa() == Isa::kAvx2;
 }
 
@@ -274,8 +275,7 @@ py::object ordinary_frozen_linear(py::handle x, py::handle weight, py::handle bi
   const at::Tensor* w = reader.matrix(weight, -1, in, false);
   if (!w || w->requires_grad() || w->is_inference()) return py::none();
   const OptionalTensor b = reader.vector(bias, w->size(0), false);
-  if (!reader.ordinary || !pays_to_pack(reader.x().scalar_type(), tokens, reader.gradient))
-    return py::none();
+  if (!reader.ordinary || !pays_to_pack(reader.x().scalar_type(), tokens)) return py::none();
   // forward and backward are lora_linear's, which packs at each call what it has no room for
   if (reader.gradient) return has_packed(*w) && has_packed(w->t()) ? py::cast(true) : py::none();
   OptionalTensor y;

@@ -14,12 +14,11 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     """``F.linear``, with the packed weight that LoRA linears use where that is faster.
 
     That is on a CPU, of a weight that needs no gradient: in half precision, where PyTorch's own product takes up to
-    eight times as long without the instructions for it, forward and backward; in float32 and float64 of 2 to 32
-    tokens without gradients, as a library packs the weight at each call; in float32 of more, forward and backward,
-    where AVX2 is the best instruction set, as PyTorch's own product takes 1.1 to 1.3 times as long there. All of it
-    only while there is room for the packed weight beside the other packs (``PELT_FAST_PACK_LIMIT_MB``): to pack it
-    at each call, and to drive others out, would cost more than it brings. A backward needs a second pack, of the
-    weight's transpose.
+    eight times as long without the instructions for it; in float32 and float64 of 2 to 32 tokens, as a library packs
+    the weight at each call; in float32 of more where AVX2 is the best instruction set, as PyTorch's own product takes
+    1.1 to 1.3 times as long there. All of it forward and backward, and only while there is room for the packed weight
+    beside the other packs (``PELT_FAST_PACK_LIMIT_MB``): to pack it at each call, and to drive others out, would cost
+    more than it brings. A backward needs a second pack, of the weight's transpose.
 
     Args:
         x: (..., in).
