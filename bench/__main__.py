@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "--full", action="store_true", help="every row, more steps and seeds: about an hour"
+        "--full", action="store_true", help="every row, more steps and seeds: an hour and a half"
     )
     parser.add_argument(
         "--only",
