@@ -108,7 +108,8 @@ def _panel(axis: Any, rows: list[Row]) -> None:
                 size, order = (6.5, 4) if name == MAIN else (5.5, 3)
                 axis.plot(cost, y, marker, color=color, ms=size, mec="white", mew=0.8, zorder=order)
             else:
-                off_scale(axis, high if cost > high else low, y, f"{cost:.0f}×", cost > high, color)
+                label = f"{cost:.0f}×" if cost >= 10 else f"{cost:.2g}×"
+                off_scale(axis, high if cost > high else low, y, label, cost > high, color)
         value = overhead_of(row, MAIN)
         axis.annotate(
             f"{value:+.2f}" if value is not None else "–",

@@ -120,6 +120,9 @@ def _give_back(layers: list[nn.Module]) -> None:
     for module in layers:
         assert isinstance(module, Accelerated)
         forget(module)
+        # transformers leaves the bound method on a layer whose outputs it recorded
+        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+            del module.forward
         module.__class__ = module.library_class
 
 

@@ -197,3 +197,21 @@ def test_half_precision_trains_as_accurately() -> None:
         return torch.stack(distances).median()
 
     assert apart(ours) <= 2 * apart(theirs)
+
+
+@pytest.mark.filterwarnings("ignore:`output_attentions=True`:UserWarning")
+def test_restored_after_outputs_were_recorded() -> None:
+    """Transformers then leaves a bound method on each recorded layer; with the plain library it is the library's."""
+    model = with_loras("llama")
+    pelt_fast.accelerate(model)
+    batch = ARCHITECTURES["llama"].batch(seed=0)
+    with torch.no_grad():
+        expected = model(**batch, output_attentions=True).logits
+    left = [m for m in model.modules() if "forward" in vars(m)]
+    assert left
+    pelt_fast.restore(model)
+    for module in left:
+        kept = vars(module).get("forward")
+        assert kept is None or kept.__func__ is type(module).forward
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, expected)
