@@ -18,8 +18,8 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     the weight at each call; in float32 of more where AVX2 is the best instruction set, as PyTorch's own product takes
     1.1 to 1.3 times as long there. All of it forward and backward, and only while there is room for the packed weight
     beside the other packs (``PELT_FAST_PACK_LIMIT_MB``): to pack it at each call, and to drive others out, would cost
-    more than it brings. A backward needs a second pack, of the weight's transpose: where there is room for one alone, or
-    the room changes in between, activation checkpointing recomputes other bits than it had.
+    more than it brings. A backward needs a second pack, of the weight's transpose: where there is room for one alone,
+    or the room changes in between, activation checkpointing recomputes other bits than it had.
 
     Args:
         x: (..., in).
