@@ -148,22 +148,24 @@ def _finetune(
     return found
 
 
+def _said_what_is_wrong(found: dict[str, Any], part: str, console: Console) -> dict[str, Any]:
+    for text in found["wrong"]:
+        console.print(f"{part}: {text}", style="red", highlight=False, markup=False)
+    return found
+
+
 def _users(device: torch.device, budget_s: float, whole: bool, console: Console) -> dict[str, Any]:
     with progress_bar(console) as progress:
         tell = Teller(progress, progress.add_task("users", total=1.0))
         found = users.run(device, budget_s, whole, tell)
-    for text in found["wrong"]:
-        console.print(f"users: {text}", style="red", highlight=False, markup=False)
-    return found
+    return _said_what_is_wrong(found, "users", console)
 
 
 def _mixed(device: torch.device, budget_s: float, console: Console) -> dict[str, Any]:
     with progress_bar(console) as progress:
         progress.add_task("mixed batches", total=None)
         found = mixed.run(device, budget_s)
-    for text in found["wrong"]:
-        console.print(f"mixed batches: {text}", style="red", highlight=False, markup=False)
-    return found
+    return _said_what_is_wrong(found, "mixed batches", console)
 
 
 def _whole(
@@ -173,9 +175,7 @@ def _whole(
     with progress_bar(console) as progress:
         tell = Teller(progress, progress.add_task("whole models", total=1.0))
         found = whole.run(device, budget_s, plan, tell)
-    for text in found["wrong"]:
-        console.print(f"whole models: {text}", style="red", highlight=False, markup=False)
-    return found
+    return _said_what_is_wrong(found, "whole models", console)
 
 
 SUITES = {

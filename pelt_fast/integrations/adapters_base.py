@@ -20,14 +20,16 @@ _MODELS = ("transformers.", "adapters.models.", "adapters.heads.")
 class FastLinear(Accelerated, nn.Linear):
     """A linear layer that may be frozen."""
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
+        """As ``nn.Linear``'s, of a packed weight where that is faster and the weight is frozen."""
         return frozen_linear(x, parameter(self, "weight"), parameter(self, "bias"))
 
 
 class FastDropout(Accelerated, nn.Dropout):
     """A dropout with torch's masks."""
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
+        """As ``nn.Dropout``'s, bit for bit."""
         return super().forward(x) if self.inplace else dropout(x, self.p, self.training)
 
 
