@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -17,12 +18,11 @@ from . import (
     adapters_paper,
     adapters_prefix,
 )
-from .adapters_base import base_classes
-from .adapters_class import Accelerated, is_fast, is_served
 from .adapters_grouped import grouped_class
+from .base_layers import base_classes
+from .fast_class import Accelerated, check_on_top, give_back, is_served, library_type
 from .obstacles import type_name
 from .report import Report
-from .stacked_lora import forget
 
 FAMILIES: tuple[ModuleType, ...] = (
     adapters_bottleneck,
@@ -32,6 +32,8 @@ FAMILIES: tuple[ModuleType, ...] = (
 )
 """Modules with ``LIBRARY``, ``concerns``, ``why_left``, ``accelerated_class`` and ``describe``, one for each of the
 library's methods."""
+
+_MODELS = ("transformers.", "adapters.models.", "adapters.heads.")
 
 
 def has_layers(model: nn.Module) -> bool:
@@ -54,7 +56,7 @@ def accelerate(model: nn.Module, compat: str | None = None) -> Report:
     if compat == "paper":
         adapters_paper.check(model)
     report = Report(library="adapters", compat=compat)
-    base = base_classes(model)
+    base = base_classes(_base_layers(model))
     base_dtype = _base_dtype(model)
     changed: list[nn.Module] = []
     for name, module in model.named_modules():
@@ -84,7 +86,7 @@ def accelerate(model: nn.Module, compat: str | None = None) -> Report:
     try:
         adapters_paper.check_gates(model)
     except ValueError:
-        _give_back(changed)
+        give_back(changed)
         raise
     adapters_paper.turn_on(model)
     return report
@@ -99,11 +101,7 @@ def accelerated_layers(model: nn.Module) -> _Accelerated:
     layers = _Accelerated(model)
     for name, module in model.named_modules():
         if isinstance(module, Accelerated):
-            if not is_fast(module):
-                raise RuntimeError(
-                    f"cannot restore {name!r}: another library has since made it a "
-                    f"{type_name(module)}; undo that first"
-                )
+            check_on_top(name, module)
             family = _family(module)
             counts = is_served(module) and family is not None and family.concerns(module)
             (layers if counts else layers.uncounted).append(module)
@@ -113,17 +111,14 @@ def accelerated_layers(model: nn.Module) -> _Accelerated:
 def restore(layers: _Accelerated) -> None:
     """Gives accelerated layers the library's class back; see ``pelt_fast.restore``."""
     adapters_paper.turn_off(layers.model)
-    _give_back([*layers, *layers.uncounted])
+    give_back([*layers, *layers.uncounted])
 
 
-def _give_back(layers: list[nn.Module]) -> None:
-    for module in layers:
-        assert isinstance(module, Accelerated)
-        forget(module)
-        # transformers leaves the bound method on a layer whose outputs it recorded
-        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
-            del module.forward
-        module.__class__ = module.library_class
+def _base_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """Layers of the base model; those inside of adapters are the adapters' own affair."""
+    for parent in model.modules():
+        if library_type(parent).__module__.startswith(_MODELS):
+            yield from parent.children()
 
 
 def _fast_class(module: nn.Module) -> tuple[type | None, str | None]:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters_class import Accelerated, fast_class
 from .deferred import Query
+from .fast_class import Accelerated, fast_class
 
 _COPIES = "match_attn_matrices_for_parallel"
 

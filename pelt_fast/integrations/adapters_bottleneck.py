@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from ..functional import PHM, explain
 from ..nn.bottleneck_block import BottleneckSpec, bottleneck_block, bottleneck_core
 from ..nn.fusion_block import FusionSpec, fusion_block
-from .adapters_class import REPORT_TOKENS, FastLayer, fast_class, methods_obstacle
+from .adapters_class import REPORT_TOKENS, FastLayer, methods_obstacle
 from .adapters_fusion_operands import fuse_spec, fusion_spec, leave_behind, single_fuse
 from .adapters_mixed import by_setup, check_recomputed, mixed_batch_at
 from .adapters_operands import adapter_spec, block_spec, core_spec, fuses, single_adapter
 from .adapters_paper import current, refuse
+from .fast_class import fast_class
 from .obstacles import dtype_name, mixture_obstacle, type_name
 
 LIBRARY = (BottleneckLayer,)

@@ -12,8 +12,8 @@ from adapters.methods.invertible import InvertibleAdapterLayer
 from adapters.methods.lora import LoRAMergedLinear
 from torch import Tensor, nn
 
-from .adapters_class import Accelerated, fast_class
 from .adapters_mixed import by_setup, mixed_batch_at
+from .fast_class import Accelerated, fast_class
 
 
 class Grouped(Accelerated):

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..functional import bottleneck_adapter, explain
-from .adapters_class import REPORT_TOKENS, Accelerated, fast_class, methods_obstacle
+from .adapters_class import REPORT_TOKENS, methods_obstacle
 from .adapters_mixed import MixedBatch, by_setup, mixed_batch_now
 from .adapters_operands import kernel_activation
+from .fast_class import Accelerated, fast_class
 from .obstacles import (
     LINEAR,
     dtype_name,

@@ -16,11 +16,12 @@ from adapters.methods.lora import LoRA, LoRALayer, LoRALinear, LoRALinearTorch
 from torch import Tensor, nn
 
 from ..functional import MAX_RANK, explain, frozen_linear, gated_lora_linear, lora_linear
-from .adapters_class import REPORT_TOKENS, FastLayer, fast_class, library_type, methods_obstacle
+from .adapters_class import REPORT_TOKENS, FastLayer, methods_obstacle
 from .adapters_mixed import check_recomputed, mixed_batch_at
 from .adapters_mixed_lora import mixed_lora
 from .adapters_operands import _context_obstacle
 from .adapters_paper import current, refuse
+from .fast_class import fast_class, library_type
 from .obstacles import (
     LINEAR,
     dtype_name,

@@ -19,9 +19,9 @@ from adapters.methods.prefix_tuning import PrefixTuningLayer
 from adapters.methods.prompt_tuning import PromptTuningLayer
 from torch import nn
 
-from .adapters_class import Accelerated, is_fast
 from .adapters_mixed import MixedBatch, MixedSetup, blocks
 from .adapters_mixed_prefix import BY_COLUMN, MODELS, prefix_length
+from .fast_class import Accelerated, is_fast
 from .obstacles import type_name
 
 _BLOCKS = (Stack, Fuse, Average, Split)  # whose result of a sample depends on that sample alone

@@ -21,7 +21,7 @@ from adapters.methods.adapter_layer_base import AdapterLayerBase
 from adapters.model_mixin import ModelBaseAdaptersMixin, ModelUsingSubmodelsAdaptersMixin
 from torch import Tensor, nn
 
-from .adapters_class import is_served
+from .fast_class import is_served
 from .obstacles import type_name
 
 _ATTRIBUTE = "pelt_fast_tokens"  # of the library's context

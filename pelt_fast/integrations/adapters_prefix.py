@@ -24,11 +24,12 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..dispatch import FEW_KEYS
 from ..nn.kept import keep
 from ..nn.prefix import by_layer, for_batch
-from .adapters_class import Accelerated, FastLayer, fast_class, methods_obstacle
+from .adapters_class import FastLayer, methods_obstacle
 from .adapters_mixed import mixed_batch_at
 from .adapters_mixed_prefix import mixed_prefix
 from .adapters_paper import gate_of
 from .deferred import PrefixedMask, PrefixedStates
+from .fast_class import Accelerated, fast_class
 from .obstacles import LINEAR, dtype_name, module_obstacle, parameter, type_name
 
 LIBRARY = (PrefixTuningLayer, PrefixTuning)

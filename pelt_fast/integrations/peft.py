@@ -3,12 +3,13 @@
 A layer is made fast by giving it another class, a subclass of PEFT's that differs in ``forward``
 alone, and restored by giving it PEFT's back. Nothing is stored on the layer, so copies, pickles,
 replicas, hooks and wrappers work on it as they did, and no class and no global is touched. The
-``LoraModel`` around the layers gets a class of its own too, which lets ``adapter_names`` train.
+``LoraModel`` around the layers gets a class of its own too, which lets ``adapter_names`` train, and
+the layers of the base model those of ``base_layers``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 
 from ..functional import explain, frozen_linear, lora_linear, multi_lora
 from . import peft_prefix
+from .base_layers import FAST_BASE, base_classes
+from .fast_class import check_on_top, give_back, library_type
 from .obstacles import dtype_name, type_name
 from .peft_mixed import mixed_operands, recomputed_names, remembered
 from .peft_operands import Operands, kind_obstacle, operands
@@ -73,6 +76,14 @@ class AcceleratedModel(LoraModel):
 
     training: bool
 
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As PEFT's: the base model is nobody's any more."""
+        return _unloaded(super().merge_and_unload(*args, **kwargs))
+
+    def unload(self) -> nn.Module:
+        """Likewise."""
+        return _unloaded(super().unload())
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names, offsets = kwargs.get("adapter_names"), kwargs.get("alora_offsets")
@@ -114,11 +125,12 @@ _FAST = (AcceleratedLinear, AcceleratedModel, AcceleratedPrefixEncoder)
 
 
 class _Accelerated(list[nn.Module]):
-    """Accelerated layers, and the models around them, which do not count."""
+    """Accelerated layers; the models around them and the base model's layers do not count."""
 
     def __init__(self) -> None:
         super().__init__()
         self.models: list[nn.Module] = []
+        self.base: list[nn.Module] = []
 
 
 def has_layers(model: nn.Module) -> bool:
@@ -130,6 +142,8 @@ def has_layers(model: nn.Module) -> bool:
 def accelerate(model: nn.Module, compat: str | None = None) -> Report:
     """Gives every LoRA linear that can be served the fast class; see ``pelt_fast.accelerate``. PEFT has no gates."""
     report = Report(library="PEFT")
+    for module, fast in base_classes(_base_modules(model)).items():
+        module.__class__ = fast
     inside_attention: set[nn.Module] = set()
     for name, module in model.named_modules():
         if isinstance(module, lora.MultiheadAttention):
@@ -178,7 +192,7 @@ def _accelerate_encoder(name: str, module: nn.Module, report: Report) -> None:
         report.kinds[peft_prefix.describe(module)] = 1
 
 
-def accelerated_layers(model: nn.Module) -> list[nn.Module]:
+def accelerated_layers(model: nn.Module) -> _Accelerated:
     """What ``restore`` will restore.
 
     Raises:
@@ -193,12 +207,16 @@ def accelerated_layers(model: nn.Module) -> list[nn.Module]:
                     f"{type(module).__name__}; undo that first"
                 )
             (found.models if isinstance(module, AcceleratedModel) else found).append(module)
+        elif isinstance(module, FAST_BASE):
+            check_on_top(name, module)
+            found.base.append(module)
     return found
 
 
-def restore(layers: list[nn.Module]) -> None:
+def restore(layers: _Accelerated) -> None:
     """Gives accelerated layers PEFT's class back; see ``pelt_fast.restore``."""
-    for module in layers.models if isinstance(layers, _Accelerated) else ():
+    give_back(layers.base)
+    for module in layers.models:
         module.__class__ = LoraModel
     for module in layers:
         if isinstance(module, AcceleratedPrefixEncoder):
@@ -207,6 +225,26 @@ def restore(layers: list[nn.Module]) -> None:
         forget(module)
         module.__class__ = lora.Linear
         _rebind_forward(module, AcceleratedLinear.forward, lora.Linear.forward)
+
+
+def _base_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that are the base model's: all but what PEFT has put on them or made of them."""
+    yield module
+    inner: Iterable[nn.Module] = module.children()
+    if isinstance(module, BaseTunerLayer):
+        base = module._modules.get("base_layer")
+        inner = () if base is None else (base,)
+    elif isinstance(module, (AuxiliaryTrainingWrapper, peft_prefix.ENCODERS)):
+        inner = ()
+    for child in inner:
+        # the other library's adapters are its affair
+        if not library_type(child).__module__.startswith("adapters.methods."):
+            yield from _base_modules(child)
+
+
+def _unloaded(model: nn.Module) -> nn.Module:
+    give_back(module for module in model.modules() if isinstance(module, FAST_BASE))
+    return model
 
 
 def _why_left(module: nn.Module, inside_attention: bool) -> str | None:

@@ -19,6 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from ..functional import MAX_RANK
+from .base_layers import FastLinear
 from .obstacles import (
     FLOATS,
     LINEAR,
@@ -34,7 +35,7 @@ from .obstacles import (
 
 Operands = dict[str, Any]
 
-_BASE = (nn.Linear.forward, Conv1D.forward)
+_BASE = (nn.Linear.forward, Conv1D.forward, FastLinear.forward)
 _DROPOUT = (nn.Dropout.forward, nn.Identity.forward)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pelt_fast
-from pelt_fast.integrations import adapters_base as integration
+from pelt_fast.integrations import base_layers as integration
 from pelt_fast.integrations import deferred
 
 from .adapters_models import HOULSBY, plain_model, randomize
@@ -123,4 +123,4 @@ def test_frozen_linear_layer_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     step(model)
     size = model.config.hidden_size
-    assert seen == [(size, size)] * model.config.num_hidden_layers
+    assert seen == [(size, size)] * (model.config.num_hidden_layers + 1)  # and the pooler

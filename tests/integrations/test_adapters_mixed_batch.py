@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pelt_fast
 from pelt_fast.integrations import adapters_mixed, adapters_mixed_lora, stacked_lora
-from pelt_fast.integrations.adapters_class import Accelerated
+from pelt_fast.integrations.fast_class import Accelerated
 
 from .adapters_models import plain_model
 from .conftest import ARCHITECTURES, VOCABULARY, Architecture

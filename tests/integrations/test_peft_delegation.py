@@ -42,7 +42,8 @@ def assert_delegated(served) -> Callable[..., None]:
         expected = layer(x)
         model = nn.ModuleDict({"it": layer})
         report = pelt_fast.accelerate(model)
-        assert torch.equal(layer(x), expected)
+        with pelt_fast.use_backend("torch"):  # which leaves the frozen product to PyTorch
+            assert torch.equal(layer(x), expected)
         assert not served, "it was not PEFT that computed"
         if reported:
             assert reason in {**report.left, **report.waiting}["it"]
