@@ -42,10 +42,10 @@ def accelerate(model: nn.Module, *, compat: str | None = None) -> Report:
     ``lora_linear``, or with ``gated_lora_linear`` where it has UniPELT's gate. A model with layers of
     both libraries has both.
 
-    The base model's ``nn.Linear`` layers whose weights are frozen compute with ``frozen_linear``, also below a LoRA that
-    is disabled, and its dropouts draw torch's masks faster; in a model of `adapters`, of the layers that transformers
-    or the library defines. A weight that trains is torch's to multiply with, now or later. PEFT's ``unload`` and
-    ``merge_and_unload`` give the base model back without any of this.
+    The base model's ``nn.Linear`` layers whose weights are frozen compute with ``frozen_linear``, also below a LoRA
+    that is disabled, and its dropouts draw torch's masks faster; in a model of `adapters`, of the layers that
+    transformers or the library defines. A weight that trains is torch's to multiply with, now or later. PEFT's
+    ``unload`` and ``merge_and_unload`` give the base model back without any of this.
 
     The layers stay the same objects, with the same parameters, ``state_dict`` keys and saved files.
     Scalings, active adapters, setups, merging, disabling, dropout and training mode are read at each
@@ -73,7 +73,7 @@ def accelerate(model: nn.Module, *, compat: str | None = None) -> Report:
             then. None: what an earlier call said, else "adapters".
 
     Returns:
-        What was replaced, and what was not, and why; ``print`` it.
+        What was made fast, of each sort how many, and what was not, and why; ``print`` it.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.

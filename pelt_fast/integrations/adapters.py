@@ -20,7 +20,14 @@ from . import (
 )
 from .adapters_grouped import grouped_class
 from .base_layers import base_classes
-from .fast_class import Accelerated, check_on_top, give_back, is_served, library_type
+from .fast_class import (
+    Accelerated,
+    check_on_top,
+    give_back,
+    is_served,
+    library_type,
+    sorts_of,
+)
 from .obstacles import type_name
 from .report import Report
 
@@ -30,8 +37,8 @@ FAMILIES: tuple[ModuleType, ...] = (
     adapters_lora,
     adapters_prefix,
 )
-"""Modules with ``LIBRARY``, ``concerns``, ``why_left``, ``accelerated_class`` and ``describe``, one for each of the
-library's methods."""
+"""Modules with ``LIBRARY``, ``SORT``, ``concerns``, ``why_left``, ``accelerated_class`` and ``describe``, one for each
+of the library's methods."""
 
 _MODELS = ("transformers.", "adapters.models.", "adapters.heads.")
 
@@ -74,12 +81,8 @@ def accelerate(model: nn.Module, compat: str | None = None) -> Report:
         if reason is not None:
             report.left[name] = reason
             continue
-        (report.already if already else report.replaced).append(name)
-        state = family.describe(module, base_dtype)
-        if isinstance(state, str):
-            report.waiting[name] = state
-        for kind in () if isinstance(state, str) else state:
-            report.kinds[kind] = report.kinds.get(kind, 0) + 1
+        report.add(name, family.SORT, family.describe(module, base_dtype), already)
+    report.base.update(sorts_of(model.modules()))
     if compat == "adapters":
         adapters_paper.turn_off(model)
         return report

@@ -50,6 +50,10 @@ class FastAttention(Accelerated):
 
         cls.forward = forward
 
+    def base_sort(self) -> str | None:
+        """Always."""
+        return "attention layer"
+
 
 def accelerated_class(library_class: type) -> type:
     """The fast subclass of one of the library's attention classes."""

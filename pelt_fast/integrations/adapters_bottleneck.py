@@ -23,8 +23,10 @@ from .adapters_operands import adapter_spec, block_spec, core_spec, fuses, singl
 from .adapters_paper import current, refuse
 from .fast_class import fast_class
 from .obstacles import dtype_name, mixture_obstacle, type_name
+from .report import Idle
 
 LIBRARY = (BottleneckLayer,)
+SORT = "bottleneck layer"
 # of the library, which a subclass could have replaced and the fast layer would pass by
 _METHODS = (
     "bottleneck_layer_forward",
@@ -187,12 +189,12 @@ def _describe_fuse(
     ]
 
 
-def _why_idle(layer: BottleneckLayer) -> str:
+def _why_idle(layer: BottleneckLayer) -> Idle:
     if not len(getattr(layer, "adapters", ())):
-        return "no adapter is on this layer"
+        return Idle("no adapter is on this layer")
     if layer.layer_idx in (layer.adapters_config.skip_layers or ()):
-        return "this layer is among skip_layers"
-    return "the active adapters are not on this layer"
+        return Idle("this layer is among skip_layers")
+    return Idle("the active adapters are not on this layer")
 
 
 def _kind(spec: BottleneckSpec, x: Tensor, inside: str, norm: nn.Module | None) -> str:

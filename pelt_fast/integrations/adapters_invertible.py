@@ -35,6 +35,7 @@ from .obstacles import (
 )
 
 LIBRARY = (NICECouplingBlock, GLOWCouplingBlock)
+SORT = "invertible adapter"
 
 
 class FastCoupling(Accelerated, NICECouplingBlock):

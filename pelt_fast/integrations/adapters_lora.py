@@ -21,6 +21,7 @@ from .adapters_mixed import check_recomputed, mixed_batch_at
 from .adapters_mixed_lora import mixed_lora
 from .adapters_operands import _context_obstacle
 from .adapters_paper import current, refuse
+from .base_layers import frozen_sort
 from .fast_class import fast_class, library_type
 from .obstacles import (
     LINEAR,
@@ -33,9 +34,11 @@ from .obstacles import (
     tensor_obstacle,
     type_name,
 )
+from .report import Idle
 from .stacked_lora import forget_trained
 
 LIBRARY = (LoRALayer,)
+SORT = "LoRA linear"
 # of the library, which a subclass could have replaced and the fast layer would pass by
 _METHODS = ("forward", "compose", "compose_stack", "compose_single", "get_active_setup")
 
@@ -90,6 +93,10 @@ class FastLoRALinear(FastLayer, LoRALinearTorch):
             training=True,
         )
 
+    def base_sort(self) -> str | None:
+        """Without a LoRA: the product alone."""
+        return None if concerns(self) or self.fan_in_fan_out else frozen_sort(self)
+
 
 def accelerated_class(library_class: type) -> type:
     """The fast subclass of one of the library's layer classes."""
@@ -138,7 +145,7 @@ def _operands(layer: LoRALinear, x: Any) -> _Operands | str:
     """The one LoRA that acts on this call, or the reason why the library's forward must run."""
     setup = layer.get_active_setup()
     if setup is None:
-        return "the active adapters are not on this layer"
+        return Idle("the active adapters are not on this layer")
     return _operands_of(layer, setup, x)
 
 

@@ -31,8 +31,10 @@ from .adapters_paper import gate_of
 from .deferred import PrefixedMask, PrefixedStates
 from .fast_class import Accelerated, fast_class
 from .obstacles import LINEAR, dtype_name, module_obstacle, parameter, type_name
+from .report import Idle
 
 LIBRARY = (PrefixTuningLayer, PrefixTuning)
+SORT = "prefix layer"  # and the MLP that makes prefixes
 # of the library, which a subclass could have replaced and the fast layer would pass by
 _METHODS = (
     "forward",
@@ -154,8 +156,8 @@ def describe(module: nn.Module, base_dtype: torch.dtype | None) -> list[str] | s
     setup = module.get_active_setup()
     if setup is None:
         if module.layer_idx in (module.adapters_config.skip_layers or ()):
-            return "this layer is among skip_layers"
-        return "the active adapters are not on this layer"
+            return Idle("this layer is among skip_layers")
+        return Idle("the active adapters are not on this layer")
     obstacle = _config_obstacle(module)
     if obstacle is not None:
         return obstacle

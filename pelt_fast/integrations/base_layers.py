@@ -23,6 +23,10 @@ class FastLinear(Accelerated, nn.Linear):
         """As ``nn.Linear``'s, of a packed weight where that is faster and the weight is frozen."""
         return frozen_linear(x, parameter(self, "weight"), parameter(self, "bias"))
 
+    def base_sort(self) -> str | None:
+        """As long as it is frozen."""
+        return frozen_sort(self)
+
 
 class FastDropout(Accelerated, nn.Dropout):
     """A dropout with torch's masks."""
@@ -30,6 +34,10 @@ class FastDropout(Accelerated, nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         """As ``nn.Dropout``'s, bit for bit."""
         return super().forward(x) if self.inplace else dropout(x, self.p, self.training)
+
+    def base_sort(self) -> str | None:
+        """Always."""
+        return "dropout"
 
 
 FAST_BASE = (FastLinear, FastDropout)
@@ -50,6 +58,11 @@ def base_classes(modules: Iterable[nn.Module]) -> dict[nn.Module, type]:
         elif type(module) is nn.Linear and _is_frozen(module._parameters.get("weight")):
             found[module] = fast_class(FastLinear, nn.Linear)
     return found
+
+
+def frozen_sort(layer: nn.Module) -> str | None:
+    """The sort of a linear layer that computes with ``frozen_linear``, in a report."""
+    return None if parameter(layer, "weight").requires_grad else "frozen linear"
 
 
 def _is_frozen(weight: Tensor | None) -> bool:

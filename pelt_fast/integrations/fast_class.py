@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,6 +23,10 @@ class Accelerated(nn.Module):
     library_class: type
     serves = True
     """Whether it computes anything but mixed batches."""
+
+    def base_sort(self) -> str | None:
+        """What it is in the base model, in the singular, as a report counts it; None: an adapter's, or torch's."""
+        return None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made at run time, so that a pickle names the library's in its place
@@ -56,6 +61,12 @@ def library_type(module: nn.Module) -> type:
     """The library's class of a module, whether it has a fast one or not."""
     found: type = getattr(type(module), "library_class", type(module))
     return found
+
+
+def sorts_of(modules: Iterable[nn.Module]) -> Counter[str]:
+    """How many fast layers of the base model there are of each sort."""
+    sorts = (m.base_sort() for m in dict.fromkeys(modules) if isinstance(m, Accelerated))
+    return Counter(sort for sort in sorts if sort is not None)
 
 
 def check_on_top(name: str, module: nn.Module) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..functional import explain, frozen_linear, lora_linear, multi_lora
 from . import peft_prefix
 from .base_layers import FAST_BASE, base_classes
-from .fast_class import check_on_top, give_back, library_type
+from .fast_class import check_on_top, give_back, library_type, sorts_of
 from .obstacles import dtype_name, type_name
 from .peft_mixed import mixed_operands, recomputed_names, remembered
 from .peft_operands import Operands, kind_obstacle, operands
@@ -153,43 +153,35 @@ def accelerate(model: nn.Module, compat: str | None = None) -> Report:
         if isinstance(module, peft_prefix.ENCODERS):
             _accelerate_encoder(name, module, report)
             continue
-        if isinstance(module, AcceleratedLinear):
-            report.already.append(name)
-        elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        already = isinstance(module, AcceleratedLinear)
+        if not already:
+            if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                continue
             reason = _why_left(module, module in inside_attention)
             if reason is not None:
                 report.left[name] = reason
                 continue
             module.__class__ = AcceleratedLinear
             _rebind_forward(module, lora.Linear.forward, AcceleratedLinear.forward)
-            report.replaced.append(name)
-        else:
-            continue
         found = operands(module)
-        if isinstance(found, str):
-            report.waiting[name] = found
-        else:
-            kind = _describe(found)
-            report.kinds[kind] = report.kinds.get(kind, 0) + 1
+        state = found if isinstance(found, str) else [_describe(found)]
+        report.add(name, "LoRA linear", state, already)
+    below = {m.base_layer for m in model.modules() if isinstance(m, AcceleratedLinear)}
+    report.base.update(sorts_of(m for m in _base_modules(model) if m not in below))
     return report
 
 
 def _accelerate_encoder(name: str, module: nn.Module, report: Report) -> None:
     """Of the prefix, or of what else PEFT puts in front of a sequence."""
-    if isinstance(module, AcceleratedPrefixEncoder):
-        report.already.append(name)
-    else:
+    already = isinstance(module, AcceleratedPrefixEncoder)
+    if not already:
         reason = peft_prefix.why_left(module)
         if reason is not None:
             report.left[name] = reason
             return
         module.__class__ = AcceleratedPrefixEncoder
-        report.replaced.append(name)
-    found = peft_prefix.obstacle(module)
-    if found is not None:
-        report.waiting[name] = found
-    else:
-        report.kinds[peft_prefix.describe(module)] = 1
+    state = peft_prefix.obstacle(module) or [peft_prefix.describe(module)]
+    report.add(name, "prefix encoder", state, already)
 
 
 def accelerated_layers(model: nn.Module) -> _Accelerated:

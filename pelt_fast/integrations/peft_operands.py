@@ -32,6 +32,7 @@ from .obstacles import (
     tensor_obstacle,
     type_name,
 )
+from .report import Idle
 
 Operands = dict[str, Any]
 
@@ -77,7 +78,7 @@ def operands(layer: lora.Linear, x: Tensor | None = None) -> Operands | str:
                 return f"adapter {name!r}: {adapter}"
             adapters.append(adapter)
     if not adapters:
-        return f"the active adapter {_names(layer.active_adapters)} is not on this layer"
+        return Idle(f"the active adapter {_names(layer.active_adapters)} is not on this layer")
     lora_a, lora_b, lora_bias, scaling, dropout_p = zip(*adapters, strict=True)
     return {
         # Conv1D keeps its weight as (in, out)

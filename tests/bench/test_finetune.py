@@ -59,7 +59,8 @@ def test_eager_and_accelerated_learn_alike(method: str) -> None:
     assert frozen.losses[0] != pytest.approx(eager.losses[0], rel=1e-6)
     assert len(ours.step_s) == MIN_STEPS - finetune.WARM_UP_STEPS
     assert all(m < s for m, s in zip(ours.model_s, ours.step_s, strict=True))
-    assert "replaced" in one.replaced
+    assert one.replaced.startswith("pelt_fast: fast are ")
+    assert {"lora": "LoRA linears of PEFT"}.get(method, "4 bottleneck layers") in one.replaced
 
 
 @pytest.mark.usefixtures("tiny")

@@ -92,6 +92,9 @@ def test_which_layers_and_back() -> None:
     assert {"bert.embeddings.dropout", "bert.encoder.layer.1.output.dropout"} <= kinds
     assert not any(".adapters." in name for name in kinds)  # an adapter's own
     assert not kinds & {*report.replaced, *report.left}
+    assert report.fast == {"bottleneck layer": 4}
+    # all that the library wraps, two before its adapters and the pooler
+    assert report.base == {"frozen linear": 2 * 5 + 2 + 1, "dropout": 7, "attention layer": 2}
     for name in ("bert.embeddings.dropout", "bert.encoder.layer.0.attention.output.dense"):
         assert type(pickle.loads(pickle.dumps(fast[name]))) is type(fast[name])
     pelt_fast.restore(model)

@@ -68,7 +68,14 @@ def test_the_plain_layer_is_served(states, fused) -> None:
     layer = one_layer()
     expected = layer.bottleneck_layer_forward(*states)
     report = pelt_fast.accelerate(layer)
-    assert report == Report("adapters", replaced=[""], kinds=report.kinds, compat="adapters")
+    assert report == Report(
+        "adapters",
+        replaced=[""],
+        fast={"bottleneck layer": 1},
+        kinds=report.kinds,
+        base={"dropout": 1, "frozen linear": 1},
+        compat="adapters",
+    )
     assert list(report.kinds.values()) == [1]
     assert "32 -> 8, sequential, gelu, gated, float32 over float32, T = 2048" in str(report)
     assert_equal_but_for_rounding(layer.bottleneck_layer_forward(*states), expected)
@@ -344,7 +351,14 @@ def test_other_methods_are_named() -> None:
     )
     report = pelt_fast.accelerate(model)
     # bottleneck layers, linear layers with LoRA, of prefixes attention layers, and one coupling
-    assert len(report.replaced) == 4 + 4 + 2 + 1
+    assert len(report.replaced) == 2 + 4 + 2 + 1
+    assert len(report.idle) == 2
+    assert report.fast == {
+        "LoRA linear": 4,
+        "prefix layer": 2,
+        "bottleneck layer": 2,
+        "invertible adapter": 1,
+    }
     assert not report.left
     merged = pelt_fast.accelerate(adapted("gpt2", adapters.LoRAConfig()))
     assert set(merged.left.values()) == {"it is a LoRAMergedLinear"}
@@ -354,8 +368,9 @@ def test_other_methods_are_named() -> None:
 def test_a_model_with_lora_alone() -> None:
     model = adapted("bert", "lora")
     report = pelt_fast.accelerate(model)
-    assert set(report.waiting.values()) == {"no adapter is on this layer"}
+    assert set(report.idle.values()) == {"no adapter is on this layer"}
     assert not report.left
+    assert report.fast == {"LoRA linear": 4}
     assert sum(report.kinds.values()) == 4
 
 
@@ -366,8 +381,9 @@ def test_the_report_tells_the_state() -> None:
     assert sum(first.kinds.values()) == 4
     model.set_active_adapters("b")
     second = pelt_fast.accelerate(model)
-    assert (second.replaced, second.already) == ([], first.replaced)
-    assert set(second.waiting.values()) == {"the active adapters are not on this layer"}
+    assert not second.replaced
+    assert {*second.already, *second.idle} == set(first.replaced)
+    assert set(second.idle.values()) == {"the active adapters are not on this layer"}
     assert [kind.partition(", float32")[0] for kind in second.kinds] == [
         "32 -> 4, sequential, relu"
     ]
@@ -377,13 +393,14 @@ def test_the_report_tells_the_state() -> None:
     assert "in Stack" in str(third)
     model.set_active_adapters(None)
     idle = pelt_fast.accelerate(model)
-    assert set(idle.waiting.values()) == {"the active adapters are not on this layer"}
-    assert str(idle).startswith("pelt_fast: 0 of 4 adapters layers replaced, 4 had been already")
+    assert set(idle.idle.values()) == {"the active adapters are not on this layer"}
+    assert str(idle).startswith("pelt_fast: fast are no layers of adapters, and of the base model ")
+    assert "replaced, and idle as the model stands 4:" in str(idle)
 
 
 def test_adapter_state_of_a_plain_model() -> None:
     report = pelt_fast.accelerate(plain_model())
-    assert len(report.replaced) == 4
+    assert len(report.idle) == 4
     assert not report.left
 
 

@@ -213,7 +213,7 @@ def test_no_layers_for_left_out_ones(fused) -> None:
     fast = assert_same_in_fp64(model, ARCHITECTURES["bert"].batch())
     assert fused == ["block"] * 2
     report = pelt_fast.accelerate(fast)
-    assert list(report.waiting.values()) == ["no adapter is on this layer"] * 2
+    assert list(report.idle.values()) == ["no adapter is on this layer"] * 2
     assert [kind.split(",")[0] for kind in report.kinds] == ["32 -> 16"]
 
 

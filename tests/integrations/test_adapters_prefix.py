@@ -289,8 +289,8 @@ def test_report_and_restore() -> None:
     again = pelt_fast.accelerate(model)
     assert set(prefixes) <= set(again.already)
     model.set_active_adapters(None)
-    waiting = pelt_fast.accelerate(model).waiting
-    assert [waiting[name] for name in prefixes if name in waiting].count(
+    idle = pelt_fast.accelerate(model).idle
+    assert [idle[name] for name in prefixes if name in idle].count(
         "the active adapters are not on this layer"
     ) == 2
     pelt_fast.restore(model)

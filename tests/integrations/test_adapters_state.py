@@ -106,7 +106,7 @@ def test_the_first_adapter_may_come_after_accelerate(fused) -> None:
     plain = plain_model("llama").double().eval()
     fast = copy.deepcopy(plain)
     report = pelt_fast.accelerate(fast)
-    assert set(report.waiting.values()) == {"no adapter is on this layer"}
+    assert set(report.idle.values()) == {"no adapter is on this layer"}
     compare((plain, fast))
     assert not fused
     change((plain, fast), lambda m: m.add_adapter("a", config="double_seq_bn", set_active=True))
@@ -142,7 +142,7 @@ def test_skipped_layers(pair, fused) -> None:
     assert not torch.allclose(compare(pair), whole)
     assert fused == ["block"] * 2
     report = pelt_fast.accelerate(pair[1])
-    assert list(report.waiting.values()) == ["this layer is among skip_layers"] * 2
+    assert list(report.idle.values()) == ["this layer is among skip_layers"] * 2
 
 
 def test_scaling_and_parameters_are_read_at_call_time(pair) -> None:

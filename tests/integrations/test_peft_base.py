@@ -156,6 +156,15 @@ def test_which_layers_and_back(make_few) -> None:
     }
     assert fast == linears | dropouts
     assert not fast & {*report.replaced, *report.left}
+    assert report.fast == {"LoRA linear": 4}
+    # those below a LoRA are the LoRA's
+    assert report.base == {"frozen linear": len(linears) - 4, "dropout": len(dropouts)}
+    assert str(report).startswith(
+        "pelt_fast: fast are 4 LoRA linears of PEFT, and of the base model 8 dropouts, 6 frozen linears\n  4 x 32 -> 32"
+    )
+    layers[0].attention.self.key.weight.requires_grad_(True)
+    assert pelt_fast.accelerate(model).base["frozen linear"] == len(linears) - 5
+    layers[0].attention.self.key.weight.requires_grad_(False)
     for module in fast_base(model).values():
         assert type(pickle.loads(pickle.dumps(module))) is type(module)
     assert pelt_fast.restore(model) == 4

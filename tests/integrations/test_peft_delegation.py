@@ -58,7 +58,9 @@ def assert_delegated(served) -> Callable[..., None]:
 def test_the_plain_layer_is_served(layer, x, served, assert_same) -> None:
     expected = layer(x)
     report = pelt_fast.accelerate(layer)
-    assert report == Report(library="PEFT", replaced=[""], kinds=report.kinds)
+    assert report == Report(
+        library="PEFT", replaced=[""], fast={"LoRA linear": 1}, kinds=report.kinds
+    )
     assert list(report.kinds.values()) == [1]
     assert "12 -> 8, r = 4, float32 over float32" in str(report)
     assert_same(layer(x), expected)
@@ -298,7 +300,10 @@ def test_other_tuners_and_saved_modules_are_left(make) -> None:
     )
     assert left["classifier"] == "it is a ModulesToSaveWrapper, which has no LoRA"
     assert len(left) == 2
-    assert str(report).startswith("pelt_fast: 2 of 4 PEFT layers replaced")
+    assert str(report).startswith(
+        "pelt_fast: fast are 2 LoRA linears of PEFT, and of the base model "
+    )
+    assert "left to PEFT 2:" in str(report)
 
 
 def test_other_methods_are_left() -> None:
@@ -339,7 +344,10 @@ def test_the_report_tells_the_state(make) -> None:
     assert set(merged.waiting.values()) == {"adapter 'default' is merged into the base weight"}
     assert not merged.kinds
     text = str(merged)
-    assert text.startswith("pelt_fast: 0 of 13 PEFT layers replaced, 13 had been already")
+    assert text.startswith(
+        "pelt_fast: fast are no layers of PEFT, and of the base model 8 dropouts"
+    )
+    assert "; 13 layers had been replaced already" in text
     assert "replaced, but as the layers stand PEFT computes 13:" in text
     assert "and 10 more" in text
     with model.disable_adapter():
