@@ -11,6 +11,7 @@
 #include "cpu/isa.h"
 #include "cpu/lora.h"
 #include "cpu/memory.h"
+#include "cpu/multi_bottleneck.h"
 #include "cpu/multi_elementwise.h"
 #include "cpu/multi_lora.h"
 #include "cpu/packed.h"
@@ -275,6 +276,36 @@ py::tuple multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::Tensor& x,
   return py::make_tuple(g.dx, g.da, g.db, g.drow_scale);
 }
 
+// What both directions of batched bottleneck adapters take.
+#define PELT_MULTI_BOTTLENECK_ARGUMENTS                                                     \
+  const at::Tensor &down, const pelt_fast::OptionalTensor &down_bias, const at::Tensor &up, \
+      const pelt_fast::OptionalTensor &up_bias, const pelt_fast::OptionalTensor &scale,     \
+      const pelt_fast::OptionalTensor &gate, const pelt_fast::OptionalTensor &ln_weight,    \
+      const pelt_fast::OptionalTensor &ln_bias, const std::vector<at::Tensor>&plan,         \
+      const at::Tensor &widths, const pelt_fast::OptionalTensor &seed,                      \
+      const std::string &activation, double scaling, double eps, double dropout_p, bool residual_x
+#define PELT_MULTI_BOTTLENECK_CALL                                         \
+  {down, up,     down_bias, up_bias,    scale,   gate, ln_weight, ln_bias, \
+   plan, widths, seed,      activation, scaling, eps,  dropout_p, residual_x}
+
+auto multi_bottleneck_fwd(const at::Tensor& x, const pelt_fast::OptionalTensor& residual,
+                          PELT_MULTI_BOTTLENECK_ARGUMENTS) {
+  auto [y, q, stats] =
+      pelt_fast::multi_bottleneck_fwd(to_rows(x), to_rows(residual), PELT_MULTI_BOTTLENECK_CALL);
+  return std::make_tuple(from_rows(y, x), q, stats);
+}
+
+auto multi_bottleneck_bwd(const at::Tensor& dy, const at::Tensor& x,
+                          const pelt_fast::OptionalTensor& residual, const at::Tensor& q,
+                          const pelt_fast::OptionalTensor& stats, PELT_MULTI_BOTTLENECK_ARGUMENTS,
+                          const std::vector<bool>& needs) {
+  auto grads = pelt_fast::multi_bottleneck_bwd(to_rows(dy), to_rows(x), to_rows(residual), q, stats,
+                                               PELT_MULTI_BOTTLENECK_CALL, needs);
+  grads[0] = from_rows(grads[0], dy);
+  grads[1] = from_rows(grads[1], dy);
+  return grads;
+}
+
 } // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -288,6 +319,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("base"), py::arg("plan"), py::arg("ranks"), py::arg("scaling"),
         py::arg("row_scale"), py::arg("dropout_p"), py::arg("seed"), py::arg("inplace") = false);
   m.def("multi_lora_bwd", &multi_lora_bwd);
+  m.def("multi_bottleneck_fwd", &multi_bottleneck_fwd, release());
+  m.def("multi_bottleneck_bwd", &multi_bottleneck_bwd, release());
   m.def("bottleneck_adapter_fwd", &bottleneck_adapter_fwd, release());
   m.def("bottleneck_adapter_bwd", &bottleneck_adapter_bwd, release());
   m.def("adapter_fusion_fwd", &adapter_fusion_fwd);

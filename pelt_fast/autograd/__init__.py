@@ -7,6 +7,7 @@ from .dropout import MaskedFunction
 from .fusion import AdapterFusionFunction
 from .gated_lora import GatedLoRALinearFunction
 from .lora import LoRALinearFunction
+from .multi_bottleneck import MultiBottleneckFunction
 from .multi_elementwise import MultiElementwiseFunction
 from .multi_lora import MultiLoRAFunction
 
@@ -20,6 +21,7 @@ __all__ = [
     "LoRALinearFunction",
     "MaskedFunction",
     "MaskedLinearFunction",
+    "MultiBottleneckFunction",
     "MultiElementwiseFunction",
     "MultiLoRAFunction",
 ]

@@ -169,6 +169,38 @@ class MultiLoRAProblem(NamedTuple):
         return f"{text} on {self.device_type} ({self.arch})"
 
 
+class MultiBottleneckProblem(NamedTuple):
+    """One pass of batched bottleneck adapters. ``dtype`` is x's, the one that is computed in."""
+
+    op: str  # "multi_bottleneck_fwd" | "multi_bottleneck_bwd"
+    device_type: str
+    arch: str
+    dtype: torch.dtype
+    adapter_dtypes: tuple[torch.dtype, ...]
+    tokens: int
+    adapters: int
+    features: int
+    bottleneck: int  # the largest
+    activation: str
+    post_ln: bool
+    residual: bool
+    gate: bool
+    dropout: bool
+
+    @property
+    def family(self) -> str:
+        """The module of a backend that has this operation."""
+        return "multi_bottleneck"
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        text = f"{self.op} {dtype} T={self.tokens} L={self.adapters} d={self.features} m<={self.bottleneck}"
+        text += f" {self.activation}"
+        flags = ("post_ln", "residual", "gate", "dropout")
+        text += "".join(f" {flag}" for flag in flags if getattr(self, flag))
+        return f"{text} on {self.device_type} ({self.arch})"
+
+
 class MultiElementwiseProblem(NamedTuple):
     """One pass of products and sums by element of which every token names its own. ``dtype`` is x's."""
 

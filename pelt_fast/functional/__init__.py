@@ -25,7 +25,7 @@ from .fusion_cache import clear_folded, folded_bytes
 from .gated_lora import explain_gated_lora_linear, gated_lora_linear
 from .gates import central_gate, prefix_gate
 from .lora import MAX_RANK, explain_lora_linear, lora_linear
-from .multi_bottleneck import multi_bottleneck
+from .multi_bottleneck import explain_multi_bottleneck, multi_bottleneck
 from .multi_elementwise import explain_multi_elementwise, multi_elementwise
 from .multi_lora import explain_multi_lora, multi_lora
 from .prefix import explain_prefix_attention, prefix_attention
@@ -62,6 +62,7 @@ _EXPLAINED: dict[str, Callable[..., Explanation]] = {
     "gated_lora_linear": explain_gated_lora_linear,
     "bottleneck_adapter": explain_bottleneck_adapter,
     "compacter": explain_compacter,
+    "multi_bottleneck": explain_multi_bottleneck,
     "multi_elementwise": explain_multi_elementwise,
     "multi_lora": explain_multi_lora,
     "adapter_fusion": explain_adapter_fusion,

@@ -109,11 +109,8 @@ def check_around(
     check_probability("dropout_p", rate)
     name, function = check_activation(activation)
     chosen = backend_name(backend)
-    if function is not None and chosen not in ("", "auto", "torch"):
-        raise BackendUnavailable(
-            f"backend {chosen!r} cannot run {operation} with a callable as activation; expected the name of "
-            "an activation, or backend 'torch', which composes the call of PyTorch's own operators"
-        )
+    if function is not None:
+        check_composed(operation, chosen)
     skip, skip_in, residual_x, residual_skip, x = terms(x, skip, residuals)
     settings = Settings(
         name,
@@ -126,7 +123,7 @@ def check_around(
         residual_skip,
         chosen,
     )
-    gates = None if gate is None else _gate(gate, x, autocast)
+    gates = None if gate is None else check_gate(gate, x, autocast)
     return Around(x, skip, scale, gates, settings, function)
 
 
@@ -220,7 +217,16 @@ def check_activation(activation: Activation) -> tuple[str, Callable[[Tensor], Te
     )
 
 
-def _gate(gate: Tensor, x: Tensor, autocast: bool) -> Tensor:
+def check_composed(operation: str, backend: str) -> None:
+    """A backend that can run a call whose activation is a callable."""
+    if backend not in ("", "auto", "torch"):
+        raise BackendUnavailable(
+            f"backend {backend!r} cannot run {operation} with a callable as activation; expected the name of "
+            "an activation, or backend 'torch', which composes the call of PyTorch's own operators"
+        )
+
+
+def check_gate(gate: Tensor, x: Tensor, autocast: bool) -> Tensor:
     """(..., 1), broadcastable, to (T,)."""
     check_tensor("gate", gate, x, "(..., 1)")
     check_dtype("gate", gate, x, autocast, wider=True)

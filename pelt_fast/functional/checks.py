@@ -83,6 +83,12 @@ def check_dtype(name: str, value: Tensor, x: Tensor, autocast: bool, *, wider: b
     raise TypeError(f"{name} has dtype {dtype}; expected {x.dtype}, x's dtype")
 
 
+def served(parameter: Tensor, x: Tensor) -> Tensor:
+    """In a dtype that kernels take: x's, or float32 over a half. Under autocast it may come in another."""
+    wider = parameter.dtype == torch.float32 and x.dtype in HALVES
+    return parameter if wider else parameter.to(x.dtype)
+
+
 def check_plan(plan: Any, x: Tensor, adapters: int) -> None:
     """``plan`` is one of x's rows and of as many adapters as are stacked."""
     if not isinstance(plan, MultiAdapterPlan):

@@ -1,33 +1,47 @@
-"""Batched bottleneck adapters: every token its own. Rows are sorted by adapter once, and each adapter's run as one."""
+"""Batched bottleneck adapters as a function of tensors: every token its own. Arguments are checked here, once."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autograd import MultiBottleneckFunction
+from ..autograd.multi_bottleneck import MultiBottleneckSettings
+from ..dispatch import Explanation, explain_problem
+from ..ops.multi_bottleneck import problem_of
+from ..random import keep_scale, new_seed, philox_mask
 from ..segments import MultiAdapterPlan
-from .adapter import bottleneck_adapter
-from .adapter_checks import Activation, check_activation, check_eps
+from .adapter_checks import (
+    Activation,
+    check_activation,
+    check_composed,
+    check_eps,
+    check_gate,
+    check_layernorm,
+    check_rows,
+    once_each,
+    terms,
+)
 from .checks import (
-    autocast_dtype,
     backend_name,
     check_dtype,
     check_finite,
-    check_input,
-    check_input_dtype,
     check_plan,
     check_probability,
     check_tensor,
+    check_there,
     check_vector,
     number,
+    served,
     shape_of,
-    tensors,
 )
+
+_INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
 def multi_bottleneck(
@@ -56,8 +70,8 @@ def multi_bottleneck(
     without an adapter, and one whose adapter has width 0, has u = 0. With ``multi_lora`` and the same plan a batch
     holds rows with a LoRA (rank > 0), with an adapter (width > 0), with both, and base rows.
 
-    Rows are sorted by adapter, go through ``bottleneck_adapter`` adapter by adapter, and are put back. The lengths of
-    the runs are read on the host: on a GPU the call waits for the plan, and cannot be captured in a CUDA graph.
+    An adapter's gradients are bitwise those of a batch that holds its tokens alone, and adapters without a token get
+    zeros (``plan.active`` names them).
 
     Args:
         x: (..., d); float32, bfloat16, float16 or float64, as in ``bottleneck_adapter``.
@@ -68,15 +82,15 @@ def multi_bottleneck(
         plan: of as many tokens as x has rows, in x's row order, on x's device.
         activation: as in ``bottleneck_adapter``, one for all adapters.
         scaling: a finite number, or (L,), a factor of each adapter; it may require a gradient.
-        widths: (L,) integers, 0 to M: the width of each adapter. Beyond it D, b_D and U are not used, whatever they
-            hold, and their gradients are zeros. None: M.
+        widths: (L,) integers, the width of each adapter, 0 to M (in a tensor others are clamped). Beyond it D, b_D and
+            U are not used, whatever they hold, and their gradients are zeros. None: M.
         gate: a factor for each token, broadcastable to (..., 1).
         residual: x's shape, or a sequence of such, added to u.
         ln_weight: (d,); a layernorm of the result where it is given, of every row.
         ln_bias: (d,) or None.
         eps: added to the variance.
-        dropout_p: probability in [0, 1] that an element of the scaled u is dropped. Each adapter
-            that has tokens draws a mask of its own, keyed on a token's place among them.
+        dropout_p: probability in [0, 1] that an element of the scaled u is dropped. The mask of a token depends on
+            its row, not on its neighbours' adapters.
         training: dropout acts only when True.
         backend: as in ``bottleneck_adapter``.
 
@@ -89,97 +103,121 @@ def multi_bottleneck(
         BackendUnavailable: the named backend cannot run this call.
         RuntimeError: in a backward of the backward, which has no formula here.
     """
-    check_input(x, "d")
-    autocast = autocast_dtype(x) is not None
-    if not autocast:
-        check_input_dtype(x)
-    d = x.shape[-1]
+    call = _check(
+        *(x, down_weight, down_bias, up_weight, up_bias, plan, activation, scaling, widths, gate),
+        *(residual, ln_weight, ln_bias, eps, dropout_p, training, backend),
+    )
+    seed = new_seed(call.x.device) if call.settings.dropout_p else None
+    if call.function is not None:
+        return _compose(call, call.function, plan, seed)
+    operands = (call.x, call.residual, *call.parameters)
+    if torch.compiler.is_compiling():
+        operands = once_each(operands)
+    return MultiBottleneckFunction.apply(call.settings, seed, *operands, call.widths, *plan.arrays)
+
+
+def explain_multi_bottleneck(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    plan: MultiAdapterPlan,
+    *,
+    activation: Activation = "relu",
+    scaling: float | Tensor = 1.0,
+    widths: Tensor | Sequence[int] | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | Sequence[Tensor] | None = None,
+    ln_weight: Tensor | None = None,
+    ln_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    backend: str | None = None,
+) -> Explanation:
+    """Which backend a call of ``multi_bottleneck`` would run on; same arguments."""
+    call = _check(
+        *(x, down_weight, down_bias, up_weight, up_bias, plan, activation, scaling, widths, gate),
+        *(residual, ln_weight, ln_bias, eps, dropout_p, training, backend),
+    )
+    down, _, up, *_ = call.parameters
+    return Explanation(
+        tuple(
+            explain_problem(
+                problem_of(
+                    *(name, call.x, plan.tokens, down, up),
+                    activation=call.settings.activation,
+                    post_ln=ln_weight is not None,
+                    residual=call.residual is not None,
+                    gate=gate is not None,
+                    dropout=call.settings.dropout_p > 0,
+                ),
+                call.settings.backend,
+            )
+            for name in ("multi_bottleneck_fwd", "multi_bottleneck_bwd")
+        )
+    )
+
+
+class _Call(NamedTuple):
+    """The arguments of ``multi_bottleneck``, checked, as the operator takes them."""
+
+    x: Tensor
+    residual: Tensor | None  # but x
+    parameters: tuple[Any, ...]  # down, down_bias, up, up_bias, scale, gate, ln_weight, ln_bias
+    widths: Tensor
+    settings: MultiBottleneckSettings
+    function: Callable[[Tensor], Tensor] | None  # an activation that no kernel has
+
+
+def _check(
+    x: Tensor,
+    down_weight: Any,
+    down_bias: Any,
+    up_weight: Any,
+    up_bias: Any,
+    plan: Any,
+    activation: Activation,
+    scaling: Any,
+    widths: Any,
+    gate: Any,
+    residual: Any,
+    ln_weight: Any,
+    ln_bias: Any,
+    eps: float,
+    dropout_p: float,
+    training: bool,
+    backend: str | None,
+) -> _Call:
+    rows = check_rows(x, residual, None)
+    x, d, autocast = rows.x, rows.x.shape[-1], rows.autocast
     adapters, most = _check_weights(x, down_weight, down_bias, up_weight, up_bias, autocast)
     check_plan(plan, x, adapters)
-    each = _widths(widths, adapters, most)
-    factors = _scaling(scaling, x, adapters, autocast)
-    terms = [] if residual is None else list(tensors("residual", residual))
-    for i, term in enumerate(terms):
-        name = "residual" if len(terms) == 1 else f"residual[{i}]"
-        check_tensor(name, term, x, "x's")
-        if term.shape != x.shape:
-            raise ValueError(
-                f"{name} has shape {shape_of(term)}; expected {shape_of(x)}, x's shape"
-            )
-        check_dtype(name, term, x, autocast, wider=False)
+    sizes = _widths(widths, x, adapters, most)
+    factor, scale = _scaling(scaling, x, adapters, autocast)
     for name, vector in (("ln_weight", ln_weight), ("ln_bias", ln_bias)):
         if vector is not None:
             check_tensor(name, vector, x, "(d,)")
             check_vector(name, vector, "d", d)
             check_dtype(name, vector, x, autocast, wider=True)
-    if ln_weight is None and ln_bias is not None:
-        raise ValueError(
-            "ln_bias is given without ln_weight; expected both, the weight alone, or neither"
-        )
-    gates = None if gate is None else _gate(gate, x, autocast)
-    # bottleneck_adapter checks these too, but no token may have an adapter
-    check_activation(activation)
-    check_eps("eps", eps)
-    check_probability("dropout_p", number("dropout_p", dropout_p))
-    backend_name(backend)
-
-    tokens = plan.tokens
-    _, perm, indptr, *_ = plan.arrays
-    order = perm[:tokens].long()
-    bounds = indptr.tolist()
-    sizes = [end - start for start, end in itertools.pairwise(bounds)]
-    in_order = x.reshape(tokens, d)[order]
-    # a term that is x itself stays x, so that it is read once
-    terms_in_order = [in_order if t is x else t.reshape(tokens, d)[order] for t in terms]
-    x_runs = in_order.split(sizes)
-    term_runs = [x_runs if t is in_order else t.split(sizes) for t in terms_in_order]
-    gate_runs = None if gates is None else gates[order].split(sizes)
-    stacks = [
-        None if t is None else t.unbind() for t in (down_weight, down_bias, up_weight, up_bias)
-    ]
-    down, down_biases, up, up_biases = stacks
-    assert down is not None
-    assert up is not None
-
-    found = []
-    for g, size in enumerate(sizes):
-        if size == 0:
-            continue
-        run_terms = [runs[g] for runs in term_runs]
-        width = each[g] if g < adapters else 0
-        if width == 0:
-            found.append(_without(x_runs[g], run_terms, ln_weight, ln_bias, eps))
-            continue
-        found.append(
-            bottleneck_adapter(
-                x_runs[g],
-                down[g][:width],
-                None if down_biases is None else down_biases[g][:width],
-                up[g][
-                    :, :width
-                ].contiguous(),  # changes of all its bytes are noticed, as of other parameters
-                None if up_biases is None else up_biases[g],
-                activation=activation,
-                scaling=factors if isinstance(factors, float) else factors[g],
-                gate=None if gate_runs is None else gate_runs[g],
-                residual=run_terms or None,
-                ln_weight=ln_weight,
-                ln_bias=ln_bias,
-                eps=eps,
-                dropout_p=dropout_p,
-                training=training,
-                backend=backend,
-            )
-        )
-    if not found:
-        return _without(x.reshape(tokens, d), terms, ln_weight, ln_bias, eps).view(x.shape)
-    dtype = found[0].dtype
-    for t in found[1:]:
-        dtype = torch.promote_types(dtype, t.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        y = torch.cat([t.to(dtype) for t in found])
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(tokens, device=order.device))
-    return y[back].view(x.shape)
+    check_layernorm("ln", ln_weight, ln_bias)
+    gates = None if gate is None else check_gate(gate, x, autocast)
+    name, function = check_activation(activation)
+    rate = number("dropout_p", dropout_p)
+    check_probability("dropout_p", rate)
+    chosen = backend_name(backend)
+    if function is not None:
+        check_composed("multi_bottleneck", chosen)
+    other, _, residual_x, _, x = terms(x, None, rows.residuals)
+    settings = MultiBottleneckSettings(
+        *(name, factor, check_eps("eps", eps), rate if training else 0.0, residual_x, chosen)
+    )
+    parameters: tuple[Any, ...] = (down_weight, down_bias, up_weight, up_bias, scale, gates)
+    parameters += (ln_weight, ln_bias)
+    if autocast:
+        parameters = tuple(None if p is None else served(p, x) for p in parameters)
+    return _Call(x, other, parameters, sizes, settings, function)
 
 
 def _check_weights(
@@ -193,75 +231,94 @@ def _check_weights(
             f"down_weight has shape {shape_of(down)}; expected (L, M, d) with d = {d}, x's last size, L and M >= 1"
         )
     adapters, most = down.shape[:2]
-    check_tensor("up_weight", up, x, "(L, d, M)")
-    wanted = {
-        "up_weight": (up, (adapters, d, most)),
-        "down_bias": (down_bias, (adapters, most)),
-        "up_bias": (up_bias, (adapters, d)),
-    }
     check_dtype("down_weight", down, x, autocast, wider=True)
-    for name, (value, shape) in wanted.items():
-        if value is not None:
-            check_tensor(name, value, x, str(shape))
-            if tuple(value.shape) != shape:
-                raise ValueError(f"{name} has shape {shape_of(value)}; expected {shape}")
-            check_dtype(name, value, x, autocast, wider=True)
+    for name, value, symbols, shape in (
+        ("up_weight", up, "(L, d, M)", (adapters, d, most)),
+        ("down_bias", down_bias, "(L, M)", (adapters, most)),
+        ("up_bias", up_bias, "(L, d)", (adapters, d)),
+    ):
+        if value is None and name != "up_weight":
+            continue
+        check_tensor(name, value, x, symbols)
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {shape_of(value)}; expected {symbols} = {tuple(shape)}"
+            )
+        check_dtype(name, value, x, autocast, wider=True)
     return adapters, most
 
 
-def _widths(widths: Any, adapters: int, most: int) -> list[int]:
+def _widths(widths: Any, x: Tensor, adapters: int, most: int) -> Tensor:
+    """(L,) int32 on x's device."""
     if widths is None:
-        return [most] * adapters
-    if isinstance(widths, Tensor):
-        if widths.is_floating_point() or widths.is_complex() or widths.dtype == torch.bool:
-            raise TypeError(f"widths has dtype {widths.dtype}; expected integers")
-        widths = widths.tolist() if widths.dim() == 1 else [widths]
-    if not isinstance(widths, (list, tuple)) or not all(
-        isinstance(w, int) and not isinstance(w, bool) for w in widths
-    ):
-        raise TypeError(f"widths is {widths!r}; expected (L,) integers")
-    if len(widths) != adapters:
-        raise ValueError(f"widths has {len(widths)} entries; expected (L,) = ({adapters},)")
-    for w in widths:
-        if not 0 <= w <= most:
-            raise ValueError(f"widths has {w}; expected 0 to {most}, down_weight's")
-    return list(widths)
+        return torch.full((adapters,), most, dtype=torch.int32, device=x.device)
+    if not isinstance(widths, Tensor):
+        if not isinstance(widths, (list, tuple)) or not all(
+            isinstance(w, int) and not isinstance(w, bool) for w in widths
+        ):
+            raise TypeError(f"widths is {widths!r}; expected (L,) integers")
+        if len(widths) != adapters:
+            raise ValueError(f"widths has {len(widths)} entries; expected (L,) = ({adapters},)")
+        for w in widths:
+            if not 0 <= w <= most:
+                raise ValueError(f"widths has {w}; expected 0 to {most}, down_weight's")
+        return torch.tensor(widths, dtype=torch.int32, device=x.device)
+    check_tensor("widths", widths, x, "(L,)")
+    if widths.dtype not in _INTEGERS:
+        raise TypeError(f"widths has dtype {widths.dtype}; expected integers")
+    if widths.shape != (adapters,):
+        raise ValueError(f"widths has shape {shape_of(widths)}; expected (L,) = ({adapters},)")
+    if widths.dtype == torch.int32:  # clamped where it is used
+        return widths
+    check_there("widths", widths)
+    return widths.long().clamp(0, most).to(torch.int32)
 
 
-def _scaling(scaling: Any, x: Tensor, adapters: int, autocast: bool) -> float | tuple[Tensor, ...]:
-    """A number, or a factor (1,) of each adapter."""
+def _scaling(scaling: Any, x: Tensor, adapters: int, autocast: bool) -> tuple[float, Tensor | None]:
+    """The factor, and the tensor (L,) of one that is each adapter's."""
     if not isinstance(scaling, Tensor):
         factor = number("scaling", scaling, "a number or a torch.Tensor of shape (L,)")
         check_finite("scaling", factor)
-        return factor
+        return factor, None
     check_tensor("scaling", scaling, x, "(L,)")
     check_dtype("scaling", scaling, x, autocast, wider=True)
     if scaling.shape != (adapters,):
         raise ValueError(f"scaling has shape {shape_of(scaling)}; expected (L,) = ({adapters},)")
-    return scaling.reshape(-1, 1).unbind()
+    return 1.0, scaling
 
 
-def _gate(gate: Any, x: Tensor, autocast: bool) -> Tensor:
-    """(..., 1), broadcastable, to (T, 1)."""
-    check_tensor("gate", gate, x, "(..., 1)")
-    check_dtype("gate", gate, x, autocast, wider=True)
-    shape = (*x.shape[:-1], 1)
-    try:
-        return gate.expand(shape).reshape(-1, 1)
-    except RuntimeError:
-        raise ValueError(
-            f"gate has shape {shape_of(gate)}; expected one that broadcasts to {tuple(shape)}"
-        ) from None
-
-
-def _without(
-    x: Tensor, terms: Sequence[Tensor], ln_weight: Tensor | None, ln_bias: Tensor | None, eps: float
+def _compose(
+    call: _Call, function: Callable[[Tensor], Tensor], plan: MultiAdapterPlan, seed: Tensor | None
 ) -> Tensor:
-    """Rows that no adapter changes: u = 0."""
-    y = sum(terms[1:], terms[0]) if terms else x.new_zeros(x.shape)
-    if ln_weight is None:
-        return y
-    d = x.shape[-1]
-    bias = None if ln_bias is None else ln_bias.to(y.dtype)
+    """The call out of PyTorch's own operators, adapter by adapter, for an activation that only PyTorch has."""
+    dtype, d, s = call.x.dtype, call.x.shape[-1], call.settings
+    x = call.x.reshape(-1, d)
+    down, down_bias, up, up_bias, scale, gate, ln_weight, ln_bias = (
+        None if p is None else p.to(dtype) for p in call.parameters
+    )
+    assert down is not None
+    assert up is not None
+    _, perm, indptr, *_ = plan.arrays
+    order, bounds = perm[: plan.tokens].long(), indptr.tolist()
+    widths = [*call.widths.clamp(0, down.shape[1]).tolist(), 0]
     with torch.autocast(x.device.type, enabled=False):
-        return F.layer_norm(y, (d,), ln_weight.to(y.dtype), bias, eps)
+        runs = x[order].split([end - start for start, end in itertools.pairwise(bounds)])
+        parts = []
+        for g, (run, m) in enumerate(zip(runs, widths, strict=True)):
+            if m == 0 or len(run) == 0:
+                parts.append(torch.zeros_like(run))
+                continue
+            q = F.linear(run, down[g, :m], None if down_bias is None else down_bias[g, :m])
+            u = F.linear(function(q), up[g, :, :m], None if up_bias is None else up_bias[g])
+            u = u * s.scaling if scale is None else u * scale[g]
+            where = order[bounds[g] : bounds[g + 1]]
+            if seed is not None:
+                keep = philox_mask(seed, (plan.tokens, d), s.dropout_p)[where]
+                u = torch.where(keep, u, 0.0) * keep_scale(s.dropout_p)
+            parts.append(u if gate is None else u * gate[where, None])
+        y = torch.cat(parts)[torch.argsort(order)].view(call.x.shape)
+        if s.residual_x:
+            y = y + call.x
+        if call.residual is not None:
+            y = y + call.residual
+        return y if ln_weight is None else F.layer_norm(y, (d,), ln_weight, ln_bias, s.eps)

@@ -6,6 +6,7 @@ from .delta import diff_pruning_bwd, diff_pruning_fwd, masking_bwd, masking_fwd
 from .fusion import adapter_fusion_bwd, adapter_fusion_fwd
 from .gated_lora import gated_lora_linear_bwd, gated_lora_linear_fwd
 from .lora import lora_linear_bwd, lora_linear_fwd
+from .multi_bottleneck import multi_bottleneck_bwd, multi_bottleneck_fwd
 from .multi_elementwise import multi_elementwise_bwd, multi_elementwise_fwd
 from .multi_lora import multi_lora_add_, multi_lora_bwd, multi_lora_fwd
 from .prefix import prefix_attention
@@ -25,6 +26,8 @@ __all__ = [
     "lora_linear_fwd",
     "masking_bwd",
     "masking_fwd",
+    "multi_bottleneck_bwd",
+    "multi_bottleneck_fwd",
     "multi_elementwise_bwd",
     "multi_elementwise_fwd",
     "multi_lora_add_",

@@ -100,7 +100,7 @@ def forward(
         v, pre_stats = normalise(v, b.pre_weight, b.pre_bias, b.pre_eps)
     q = down.linear(v, as_dtype(b.down_bias, dtype))
     s = up.linear(activate(q, b.activation), as_dtype(b.up_bias, dtype))
-    s = _times(s, b.scaling, b.scale, b.gate, _keep(x, b.seed, b.dropout_p), b.dropout_p)
+    s = times(s, b.scaling, b.scale, b.gate, _keep(x, b.seed, b.dropout_p), b.dropout_p)
     if b.residual_x:
         s += x
     if b.residual_skip and skip is not None:
@@ -131,7 +131,7 @@ def backward(
     ds, dln, dln_bias = dy, None, None
     keep = _keep(x, b.seed, b.dropout_p)
     if b.ln_weight is not None and post_stats is not None and w is not None:
-        s = _times(w, b.scaling, b.scale, b.gate, keep, b.dropout_p)
+        s = times(w, b.scaling, b.scale, b.gate, keep, b.dropout_p)
         s = s + x if b.residual_x else s
         s = s + skip if b.residual_skip and skip is not None else s
         mask = [True, need.ln_weight, need.ln_bias]
@@ -139,12 +139,12 @@ def backward(
 
     dscale = dgate = None
     if need.scale and b.scale is not None and w is not None:
-        sums = _times(ds.to(wide) * w, b.scaling, None, b.gate, keep, b.dropout_p).sum(0)
+        sums = times(ds.to(wide) * w, b.scaling, None, b.gate, keep, b.dropout_p).sum(0)
         dscale = sums if b.scale.numel() > 1 else sums.sum(0, keepdim=True)
     if need.gate and w is not None:
-        dgate = _times(ds.to(wide) * w, b.scaling, b.scale, None, keep, b.dropout_p).sum(1)
+        dgate = times(ds.to(wide) * w, b.scaling, b.scale, None, keep, b.dropout_p).sum(1)
 
-    dw = _times(ds, b.scaling, b.scale, b.gate, keep, b.dropout_p)
+    dw = times(ds, b.scaling, b.scale, b.gate, keep, b.dropout_p)
     dz = dq = dpre = dpre_bias = None
     ddown: tuple[Tensor | None, ...] = ()
     z = x + skip if b.skip_in and skip is not None else x
@@ -194,7 +194,7 @@ def _keep(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor | None:
     return None if seed is None else philox_mask(seed, (x.shape[0], x.shape[1]), dropout_p)
 
 
-def _times(
+def times(
     value: Tensor,
     scaling: float,
     scale: Tensor | None,
