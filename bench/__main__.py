@@ -182,6 +182,7 @@ SUITES = {
     "lora": "test_lora_linear.py",
     "adapter": "test_bottleneck_adapter.py",
     "multi_lora": "test_multi_lora.py",
+    "multi_bottleneck": "test_multi_bottleneck.py",
     "compacter": "test_compacter.py",
     "delta": "test_delta.py",
     "prefix": "test_prefix.py",

@@ -13,6 +13,7 @@ from .delta import tables as delta_tables
 from .environment import BUSY_LOAD
 from .fusion import tables as fusion_tables
 from .lora import tables as lora_tables
+from .multi_bottleneck import tables as multi_bottleneck_tables
 from .multi_lora import tables as multi_lora_tables
 from .prefix import tables as prefix_tables
 from .results import Results, rows_of
@@ -24,6 +25,7 @@ SECTIONS: dict[str, Any] = {
     "lora": lora_tables,
     "adapter": adapter_tables,
     "multi_lora": multi_lora_tables,
+    "multi_bottleneck": multi_bottleneck_tables,
     "compacter": compacter_tables,
     "delta": delta_tables,
     "prefix": prefix_tables,
