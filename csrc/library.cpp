@@ -18,6 +18,7 @@
 #include "cpu/prefix.h"
 #include "cpu/shape.h"
 #include "ordinary.h"
+#include "watch.h"
 
 namespace py = pybind11;
 
@@ -346,6 +347,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("ordinary_gated_lora_linear", &pelt_fast::ordinary_gated_lora_linear);
   m.def("ordinary_multi_elementwise", &pelt_fast::ordinary_multi_elementwise);
   m.def("ordinary_multi_lora", &pelt_fast::ordinary_multi_lora);
+  py::class_<pelt_fast::Watch>(m, "Watch", "Whether what something was read from is as it was.")
+      .def(py::init<py::list, py::list, py::list, bool, int64_t>(), py::arg("objects"),
+           py::arg("entries"), py::arg("tensors"), py::arg("contents"), py::arg("samples"))
+      .def("holds", &pelt_fast::Watch::holds);
   m.def("prefix_attention", &pelt_fast::prefix_attention, release());
   m.def(
       "isa", [] { return pelt_fast::isa_name(pelt_fast::current_isa()); },

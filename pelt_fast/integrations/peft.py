@@ -27,11 +27,11 @@ from . import peft_prefix
 from .base_layers import FAST_BASE, base_classes
 from .fast_class import check_on_top, give_back, library_type, sorts_of
 from .obstacles import dtype_name, type_name
-from .peft_mixed import mixed_operands, recomputed_names, remembered
+from .peft_mixed import forget_layer, mixed_operands, recomputed_names, remembered
 from .peft_operands import Operands, kind_obstacle, operands
 from .peft_prefix import AcceleratedPrefixEncoder
 from .report import Report
-from .stacked_lora import forget, forget_trained
+from .stacked_lora import forget_trained
 
 _REPORT_TOKENS = 2048  # for how many tokens a report names the backends
 _IN_TRAINING = "Cannot pass `adapter_names` when the model is in training mode."  # PEFT's words
@@ -214,7 +214,7 @@ def restore(layers: _Accelerated) -> None:
         if isinstance(module, AcceleratedPrefixEncoder):
             module.__class__ = PrefixEncoder
             continue
-        forget(module)
+        forget_layer(module)
         module.__class__ = lora.Linear
         _rebind_forward(module, AcceleratedLinear.forward, lora.Linear.forward)
 

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from peft.tuners.lora import layer as lora
@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from .obstacles import parameter
 from .peft_operands import Operands, adapter_operands, is_cast, state_obstacle
-from .stacked_lora import StackedLoRA, plan_of, stacked
+from .stacked_lora import StackedLoRA, forget, plan_of, stacked
+from .watch import Watch, watch_modules
 
 BASE = "__base__"
 """What PEFT calls the rows that have no adapter."""
@@ -57,23 +58,13 @@ def mixed_operands(
     if obstacle is not None:
         return obstacle
     base = layer._modules["base_layer"]
-    weight, autocast = parameter(base, "weight"), is_cast(x)
-    adapters: list[StackedLoRA | None] = []
-    rates = set()
-    for name in used:
-        if name not in present:
-            adapters.append(None)
-            continue
-        found = adapter_operands(layer, name, weight, autocast)
-        if isinstance(found, str):
-            return f"adapter {name!r}: {found}"
-        adapters.append(StackedLoRA(*found[:4]))
-        rates.add(found[4])
-    if len(rates) > 1:
-        return "the adapters of the batch have different dropout probabilities"
+    weight = parameter(base, "weight")
+    found = _reading(layer, used, weight, is_cast(x))
+    if isinstance(found, str):
+        return found
     tokens = x.numel() // max(len(x) * x.shape[-1], 1)
     plan = plan_of(_slots(tuple(names)), len(used), tokens, x.device)
-    stack = stacked(layer, used, adapters, x)
+    stack = stacked(layer, used, found.adapters, x)
     biases = None
     if stack.bias is not None:
         biases = F.embedding(plan.arrays[0], stack.bias)
@@ -83,11 +74,85 @@ def mixed_operands(
         "plan": plan,
         "scaling": stack.scaling,
         "ranks": stack.ranks,
-        "dropout_p": rates.pop(),
+        "dropout_p": found.dropout_p,
     }
     # Conv1D keeps its weight as (in, out)
     matrix = weight if isinstance(base, nn.Linear) else weight.t()
     return MixedOperands(matrix, parameter(base, "bias"), biases, arguments)
+
+
+class _Reading(NamedTuple):
+    """What a layer was found to compute with, and what that holds for."""
+
+    key: tuple[Any, ...]
+    places: tuple[Any, ...]
+    watch: Watch
+    adapters: list[StackedLoRA | None]
+    dropout_p: float
+
+
+_readings: WeakKeyDictionary[nn.Module, _Reading] = WeakKeyDictionary()
+
+
+def forget_layer(layer: nn.Module) -> None:
+    """Drops all that is kept of a layer."""
+    forget(layer)
+    _readings.pop(layer, None)
+
+
+def _reading(
+    layer: lora.Linear, used: tuple[str, ...], weight: Tensor, autocast: bool
+) -> _Reading | str:
+    """The adapters on the layer, read anew where anything about them has changed; or why PEFT's forward must run."""
+    key = (used, autocast, weight.dtype, weight.device)
+    places = _places(layer)
+    kept = _readings.get(layer)
+    if (
+        kept is not None
+        and kept.key == key
+        and all(a is b for a, b in zip(kept.places, places, strict=True))
+        and kept.watch.holds()
+    ):
+        return kept
+    watch = _watch(layer, used)  # before reading: what changes meanwhile is found at the next call
+    adapters: list[StackedLoRA | None] = []
+    rates = set()
+    for name in used:
+        if name not in places[0]:
+            adapters.append(None)
+            continue
+        found = adapter_operands(layer, name, weight, autocast)
+        if isinstance(found, str):
+            return f"adapter {name!r}: {found}"
+        adapters.append(StackedLoRA(*found[:4]))
+        rates.add(found[4])
+    if len(rates) > 1:
+        return "the adapters of the batch have different dropout probabilities"
+    kept = _Reading(key, places, watch, adapters, rates.pop())
+    _readings[layer] = kept
+    return kept
+
+
+def _places(layer: lora.Linear) -> tuple[Any, ...]:
+    """Where the adapters are."""
+    modules = layer._modules
+    return (
+        modules["lora_A"]._modules,
+        modules["lora_B"]._modules,
+        modules["lora_dropout"]._modules,
+        layer.scaling,
+        layer.lora_variant,
+        # what the forwards of all of them are compared with
+        nn.Linear.forward,
+        nn.Dropout.forward,
+    )
+
+
+def _watch(layer: lora.Linear, used: tuple[str, ...]) -> Watch:
+    dictionaries = _places(layer)[:5]
+    modules = [place[name] for place in dictionaries[:3] for name in used if name in place]
+    entries = [(place, name) for place in dictionaries for name in used]
+    return watch_modules(modules, ("p", "inplace", "training"), entries)
 
 
 @functools.lru_cache(maxsize=64)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..segments import MultiAdapterPlan
-
-_SAMPLES = 128  # of a parameter, at most
+from .watch import Watch, watch_tensors
 
 
 class StackedLoRA(NamedTuple):
@@ -41,17 +40,21 @@ class LoRAStack(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """A stack and what it was made of.
+    """A stack and what it was made of."""
 
-    ``samples`` are elements of the parameters in their own memory: as long as they live, no other tensor can have its
-    address. ``contents`` is what they were. It shows what no version counts, such as a write through ``.data``.
-    """
-
-    key: Any
-    sources: list[Tensor]
-    samples: list[Tensor]
-    contents: Tensor | None
+    used: tuple[str, ...]
+    dtype: torch.dtype
+    adapters: Sequence[StackedLoRA | None]
+    watch: Watch
     stack: LoRAStack
+
+    def is_of(self, adapters: Sequence[StackedLoRA | None]) -> bool:
+        """Whether these are the very adapters, with the same scalings."""
+        if adapters is self.adapters:
+            return True
+        return len(adapters) == len(self.adapters) and all(
+            _is_same(a, b) for a, b in zip(adapters, self.adapters, strict=True)
+        )
 
 
 _kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
@@ -96,41 +99,37 @@ def stacked(
         adapters: themselves, with None for a slot that the layer lacks; at least one is there.
         x: the layer's input.
     """
-    sources = [t for adapter in adapters if adapter for t in adapter[:3] if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in sources):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in _parameters(adapters)):
         forget(layer)
         return _make(adapters, x)
-    if any(t.is_inference() for t in sources):  # they count no versions
-        with torch.no_grad():
-            return _make(adapters, x)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    key = (
-        *(used, wide),
-        [None if adapter is None else adapter.scaling for adapter in adapters],
-        [(t.data_ptr(), t._version, t.shape, t.stride(), t.dtype, t.device) for t in sources],
-    )
+    dtype = torch.promote_types(x.dtype, torch.float32)
     kept = _kept.get(layer)
     if (
         kept is not None
-        and kept.key == key
-        and all(a is b for a, b in zip(kept.sources, sources, strict=True))
-        and (kept.contents is None or torch.equal(torch.cat(kept.samples), kept.contents))
+        and kept.dtype is dtype
+        and kept.used == used
+        and kept.is_of(adapters)
+        and kept.watch.holds()
     ):
         return kept.stack
+    sources = _parameters(adapters)
+    if any(t.is_inference() for t in sources):  # they count no versions
+        with torch.no_grad():
+            return _make(adapters, x)
     with torch.inference_mode(False), torch.no_grad():
-        samples = [_sampled(t.detach()) for t in sources]
-        # to compare is to wait for a GPU
-        contents = torch.cat(samples) if x.device.type == "cpu" else None
-        kept = _Kept(key, sources, samples, contents, _make(adapters, x))
+        kept = _Kept(used, dtype, adapters, watch_tensors(sources), _make(adapters, x))
     _kept[layer] = kept
     return kept.stack
 
 
-def _sampled(t: Tensor) -> Tensor:
-    """A view of elements at equal distances in memory."""
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    step = extent // _SAMPLES + 1
-    return t.as_strided((-(-extent // step),), (step,))
+def _parameters(adapters: Sequence[StackedLoRA | None]) -> list[Tensor]:
+    return [t for adapter in adapters if adapter for t in adapter[:3] if t is not None]
+
+
+def _is_same(a: StackedLoRA | None, b: StackedLoRA | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.scaling == b.scaling and all(t is u for t, u in zip(a[:3], b[:3], strict=True))
 
 
 def _make(adapters: Sequence[StackedLoRA | None], x: Tensor) -> LoRAStack:

@@ -7,7 +7,9 @@ each adapter alone on its rows.
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pelt_fast
 from pelt_fast.integrations import peft as integration
-from pelt_fast.integrations import stacked_lora
+from pelt_fast.integrations import peft_mixed, stacked_lora, watch
 
 from .parity import AUTOCAST, BF16, FP32, Precision, Results, assert_as_accurate, gradients, pairs
 
@@ -415,20 +417,103 @@ def one_lora_less(model: nn.Module) -> None:
     model.base_model.model.bert.encoder.layer[0].attention.self.query.delete_adapter("second")
 
 
+def stepped(model: nn.Module) -> None:
+    optimizer = torch.optim.AdamW(all_lora(model), lr=0.1)
+    for parameter in all_lora(model):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+def another_rank(model: nn.Module) -> None:
+    torch.manual_seed(7)
+    for layer in layers_of(model):
+        if "second" in layer.lora_A:
+            inputs, outputs = layer.in_features, layer.out_features
+            layer.lora_A["second"] = nn.Linear(inputs, 5, bias=False)
+            layer.lora_B["second"] = nn.Linear(5, outputs, bias=False)
+
+
+def another_rank_of_the_data(model: nn.Module) -> None:
+    for layer in layers_of(model):
+        for a, b in zip(layer.lora_A.values(), layer.lora_B.values(), strict=True):
+            a.weight.data, b.weight.data = a.weight.data[:2], b.weight.data[:, :2]
+
+
+def other_scalings(model: nn.Module) -> None:
+    for layer in layers_of(model):
+        layer.scaling = dict.fromkeys(layer.scaling, 0.3)
+
+
+def scaled_for_a_while(model: nn.Module) -> None:
+    for layer in layers_of(model):
+        layer.scale_layer(0.5)
+
+
+def hooked(model: nn.Module) -> None:
+    for layer in layers_of(model)[1:]:
+        layer.lora_B["default"].register_forward_hook(lambda module, args, output: output * 3)
+
+
+def forward_of_its_own(model: nn.Module) -> None:
+    for layer in layers_of(model)[1:]:
+        linear = layer.lora_B["default"]
+        linear.forward = lambda x, linear=linear: nn.functional.linear(x, linear.weight) * 3
+
+
+class Negative(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return -super().forward(x)
+
+
+def another_class(model: nn.Module) -> None:
+    for layer in layers_of(model)[1:]:
+        layer.lora_A["default"].__class__ = Negative
+
+
+def parametrized(model: nn.Module) -> None:
+    for layer in layers_of(model)[1:]:
+        linear = layer.lora_A["default"]
+        nn.utils.parametrize.register_parametrization(linear, "weight", nn.Softsign())
+
+
+def hooks_replaced(model: nn.Module) -> None:
+    for layer in layers_of(model)[1:]:
+        linear = layer.lora_B["default"]
+        other = copy.copy(linear)
+        other._forward_hooks = {0: lambda module, args, output: output * 3}
+        linear.__dict__ = other.__dict__
+
+
 CHANGES = [
     *(in_place, through_data, other_data, other_parameters, loaded, loaded_by_peft, rescaled),
-    *(in_another_dtype, deleted_and_added, merged_and_unmerged, one_lora_less),
+    *(in_another_dtype, deleted_and_added, merged_and_unmerged, one_lora_less, stepped),
+    *(another_rank, another_rank_of_the_data, other_scalings, scaled_for_a_while),
+    *(hooked, forward_of_its_own, another_class, parametrized, hooks_replaced),
 ]
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    ("change", "extension"),
+    [(change, True) for change in CHANGES]
+    + [(change, False) for change in (in_place, through_data, other_data, hooked)],
+)
 def test_no_stack_is_stale(
-    change, make_mixed, architectures, accelerated, assert_same, mixed
+    change,
+    extension,
+    make_mixed,
+    architectures,
+    accelerated,
+    assert_same,
+    mixed,
+    monkeypatch,
 ) -> None:
+    if not extension:
+        monkeypatch.setattr(watch, "cpp_extension", lambda: None)
     plain = make_mixed().eval()
     fast, batch = accelerated(plain), batch_of(architectures["bert"])
     with torch.no_grad():
         before = fast(**batch, adapter_names=NAMES).logits
+        assert torch.equal(fast(**batch, adapter_names=NAMES).logits, before)
     change(plain)
     change(fast)
     calls = len(mixed)
@@ -438,6 +523,54 @@ def test_no_stack_is_stale(
     assert len(mixed) > calls
     if change not in (merged_and_unmerged, in_another_dtype):
         assert not torch.allclose(after.double(), before.double())
+
+
+def test_layers_are_read_once(make_mixed, architectures, accelerated, monkeypatch) -> None:
+    if watch.cpp_extension() is None:
+        pytest.skip("without the extension they are read at each call")
+    read: list[str] = []
+    theirs = peft_mixed.adapter_operands
+
+    def spy(layer: Any, name: str, *args: Any) -> Any:
+        read.append(name)
+        return theirs(layer, name, *args)
+
+    monkeypatch.setattr(peft_mixed, "adapter_operands", spy)
+    fast, batch = accelerated(make_mixed("bert", lora_dropout=0.5)), batch_of(architectures["bert"])
+
+    def count(run: Callable[[], Any]) -> int:
+        read.clear()
+        run()
+        return len(read)
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        fast.eval()(**batch, adapter_names=NAMES)
+
+    every = 13 + 9 + 9
+    assert [count(evaluate) for _ in range(2)] == [every, 0]
+    assert count(lambda: evaluate() or fast(**batch, adapter_names=NAMES[::-1])) == 0
+    in_place(fast)
+    assert count(evaluate) == 0, "only the stacks are of the contents"
+    train_all(fast)
+    assert [count(lambda: together(fast, batch)) for _ in range(2)] == [every, 0], "dropout is on"
+    stepped(fast)
+    assert count(lambda: together(fast, batch)) == 0
+    for dropout in layers_of(fast)[0].lora_dropout.values():
+        dropout.p = 0.1
+    assert count(lambda: together(fast, batch)) == 3
+    assert count(lambda: fast(**batch, adapter_names=["default"] * 8)) == 13
+
+
+def test_what_is_kept_goes_with_the_layer(make_mixed, architectures, accelerated) -> None:
+    fast = accelerated(make_mixed()).eval()
+    with torch.no_grad():
+        fast(**batch_of(architectures["bert"]), adapter_names=NAMES)
+    gone = weakref.ref(layers_of(fast)[0])
+    assert gone() in peft_mixed._readings
+    del fast
+    gc.collect()
+    assert gone() is None
 
 
 def test_what_an_optimizer_wrote_unseen(
@@ -508,7 +641,8 @@ def test_restore(make_mixed, architectures, accelerated, mixed) -> None:
     calls = len(mixed)
     assert pelt_fast.restore(fast) == 13
     assert [type(m) for m in fast.modules()] == [type(m) for m in plain.modules()]
-    assert not any(layer in stacked_lora._kept for layer in layers_of(fast))
+    kept = (stacked_lora._kept, peft_mixed._readings)
+    assert not any(layer in layers for layer in layers_of(fast) for layers in kept)
     with torch.no_grad():
         assert torch.equal(fast(**batch, adapter_names=NAMES).logits, expected)
     assert len(mixed) == calls
