@@ -8,6 +8,7 @@ import importlib
 import pytest
 import torch
 
+from pelt_fast import MultiAdapterPlan
 from pelt_fast import functional as PF
 from pelt_fast.env import Env
 from pelt_fast.testing import multi_lora_oracle, multi_lora_workloads, oracle
@@ -68,3 +69,28 @@ def test_multi_lora_matches_the_oracle(case, dtype, interpreted):
         torch.manual_seed(0)
         y = PF.multi_lora(*inputs.args, **inputs.kwargs, backend="triton")
     assert torch.equal(multi_lora_oracle.joined(y), expected)
+
+
+def test_multi_bottleneck_is_torchs(interpreted):
+    g = torch.Generator().manual_seed(0)
+    x, other = (torch.randn(2, 7, 24, generator=g) for _ in range(2))
+    shapes = ((3, 8, 24), (3, 8), (3, 24, 8), (3, 24), (24,))
+    weights = [torch.randn(shape, generator=g) * 0.3 for shape in shapes]
+    weights[2] = weights[2].mT.contiguous().mT  # U column by column
+    plan = MultiAdapterPlan([0, 2, -1, 1, 2, 9, 0] * 2, 3)
+    found = []
+    for backend in ("triton", "torch"):
+        leaves = [t.detach().requires_grad_() for t in (x, other, *weights)]
+        torch.manual_seed(0)
+        y = PF.multi_bottleneck(
+            *(leaves[0], *leaves[2:6], plan),
+            widths=[8, 0, 5],
+            residual=leaves[:2],
+            ln_weight=leaves[6],
+            dropout_p=0.3,
+            training=True,
+            backend=backend,
+        )
+        found.append((y, *torch.autograd.grad(y.sin().sum(), leaves)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
