@@ -289,6 +289,20 @@ py::tuple multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::Tensor& x,
   {down, up,     down_bias, up_bias,    scale,   gate, ln_weight, ln_bias, \
    plan, widths, seed,      activation, scaling, eps,  dropout_p, residual_x}
 
+py::object ordinary_multi_bottleneck(py::handle x, py::handle down, py::handle down_bias,
+                                     py::handle up, py::handle up_bias, py::handle plan_arrays,
+                                     int64_t plan_tokens, int64_t plan_adapters,
+                                     const std::string& activation, py::handle scaling,
+                                     py::handle widths, py::handle gate, py::handle residual,
+                                     py::handle ln_weight, py::handle ln_bias, py::handle eps,
+                                     py::handle dropout_p, bool training) {
+  const py::none none;
+  return pelt_fast::ordinary_multi_bottleneck(
+      down, up, plan_arrays, plan_tokens, plan_adapters, widths,
+      {x, down_bias, up_bias, activation, scaling, gate, residual, none, none, none, none,
+       ln_weight, ln_bias, eps, dropout_p, training});
+}
+
 auto multi_bottleneck_fwd(const at::Tensor& x, const pelt_fast::OptionalTensor& residual,
                           PELT_MULTI_BOTTLENECK_ARGUMENTS) {
   auto [y, q, stats] =
@@ -345,6 +359,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("ordinary_compacter", &ordinary_compacter);
   m.def("ordinary_fusion", &ordinary_fusion);
   m.def("ordinary_gated_lora_linear", &pelt_fast::ordinary_gated_lora_linear);
+  m.def("ordinary_multi_bottleneck", &ordinary_multi_bottleneck);
   m.def("ordinary_multi_elementwise", &pelt_fast::ordinary_multi_elementwise);
   m.def("ordinary_multi_lora", &pelt_fast::ordinary_multi_lora);
   py::class_<pelt_fast::Watch>(m, "Watch", "Whether what something was read from is as it was.")

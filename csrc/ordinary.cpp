@@ -24,6 +24,7 @@
 #include "cpu/gated_lora.h"
 #include "cpu/lora.h"
 #include "cpu/lora_pass.h"
+#include "cpu/multi_bottleneck.h"
 #include "cpu/multi_elementwise.h"
 #include "cpu/multi_lora.h"
 #include "cpu/shape.h"
@@ -363,6 +364,19 @@ struct Terms {
   }
 };
 
+// (..., 1), broadcastable, to (T,).
+OptionalTensor gate_of(Reader& reader, py::handle h) {
+  if (h.is_none()) return {};
+  const at::Tensor* g = reader.tensor(h, true);
+  if (!g) return {};
+  std::vector<int64_t> shape(reader.x().sizes().begin(), reader.x().sizes().end());
+  shape.back() = 1;
+  reader.expect(g->dim() <= int64_t(shape.size()));
+  for (int64_t i = 1; reader.ordinary && i <= g->dim(); ++i)
+    reader.expect(g->size(-i) == 1 || g->size(-i) == shape[shape.size() - size_t(i)]);
+  return reader.ordinary ? OptionalTensor(g->expand(shape).reshape({-1})) : std::nullopt;
+}
+
 // All arguments but the projections', and the call.
 template <class Tensors, class Forward>
 py::object ordinary_around(Reader& reader, const AroundAdapter& h, int64_t m, Tensors& t,
@@ -388,17 +402,7 @@ py::object ordinary_around(Reader& reader, const AroundAdapter& h, int64_t m, Te
   } else {
     s.scaling = reader.number(h.scaling);
   }
-  if (!h.gate.is_none()) {
-    const at::Tensor* g = reader.tensor(h.gate, true);
-    std::vector<int64_t> shape(reader.x().sizes().begin(), reader.x().sizes().end());
-    shape.back() = 1;
-    if (g) {
-      reader.expect(g->dim() <= int64_t(shape.size()));
-      for (int64_t i = 1; reader.ordinary && i <= g->dim(); ++i)
-        reader.expect(g->size(-i) == 1 || g->size(-i) == shape[shape.size() - size_t(i)]);
-    }
-    if (reader.ordinary) t.gate = g->expand(shape).reshape({-1});
-  }
+  t.gate = gate_of(reader, h.gate);
 
   Terms terms(reader, h.x, h.residual, h.skip);
   s.skip_in = terms.skip_in;
@@ -729,6 +733,55 @@ py::object ordinary_multi_elementwise(py::handle x, py::handle scales, py::handl
     for (OptionalTensor& t : of)
       if (t) t = to_rows(t->to(dtype));
     y = from_rows(multi_elementwise_fwd(to_rows(reader.x()), of[0], of[1], plan[0]), reader.x());
+  }
+  return py::cast(y);
+}
+
+py::object ordinary_multi_bottleneck(py::handle down, py::handle up, py::handle plan_arrays,
+                                     int64_t plan_tokens, int64_t plan_adapters, py::handle widths,
+                                     const AroundAdapter& h) {
+  Reader reader(h.x);
+  if (!reader.ordinary) return py::none();
+  const int64_t d = reader.x().size(-1), tokens = reader.x().numel() / d, adapters = plan_adapters;
+  reader.expect(plan_tokens == tokens);
+  const at::Tensor* d_weight = stack_of(reader, down, adapters, -1, d);
+  if (!d_weight) return py::none();
+  const int64_t m = d_weight->size(1);
+  const at::Tensor* u_weight = stack_of(reader, up, adapters, d, m);
+  if (!u_weight) return py::none();
+  const auto matrix = [&](py::handle of, int64_t columns) {
+    const at::Tensor* t = of.is_none() ? nullptr : reader.matrix(of, adapters, columns, true);
+    return t ? OptionalTensor(*t) : std::nullopt;
+  };
+  MultiBottleneck call{*d_weight, *u_weight, matrix(h.down_bias, m), matrix(h.up_bias, d)};
+  call.ln_weight = reader.vector(h.ln_weight, d, true);
+  call.ln_bias = reader.vector(h.ln_bias, d, true);
+  reader.expect(call.ln_weight || !call.ln_bias);
+  call.scaling = 1.0;
+  if (THPVariable_Check(h.scaling.ptr()))
+    call.scale = reader.vector(h.scaling, adapters, true);
+  else
+    call.scaling = reader.number(h.scaling);
+  call.gate = gate_of(reader, h.gate);
+  call.eps = reader.epsilon(h.eps);
+  call.dropout_p = 0.0;
+  reader.expect(reader.probability(h.dropout_p) == 0.0 || !h.training);
+  Terms terms(reader, h.x, h.residual, h.skip);
+  call.residual_x = terms.residual_x;
+  call.activation = h.activation;
+  call.plan = plan_of(reader, plan_arrays, tokens, adapters);
+  const OptionalTensor of_each = widths.is_none()
+                                     ? at::full({adapters}, m, at::TensorOptions().dtype(at::kInt))
+                                     : of_adapters(reader, widths, adapters, at::kInt);
+  if (!reader.ordinary || reader.gradient) return py::none();
+  call.widths = *of_each;
+  at::Tensor y;
+  {
+    py::gil_scoped_release release;
+    const at::NoGradGuard no_grad;
+    if (terms.other) terms.other = to_rows(*terms.other);
+    y = from_rows(std::get<0>(multi_bottleneck_fwd(to_rows(reader.x()), terms.other, call)),
+                  reader.x());
   }
   return py::cast(y);
 }

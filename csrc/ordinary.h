@@ -61,6 +61,13 @@ pybind11::object ordinary_multi_lora(pybind11::handle x, pybind11::handle lora_a
                                      pybind11::handle base_out, pybind11::handle row_scale,
                                      pybind11::handle dropout_p, bool training);
 
+// As functional.multi_bottleneck takes them; None also where a gradient is wanted or something is
+// dropped. What is around the projections that this adapter has not is None.
+pybind11::object ordinary_multi_bottleneck(pybind11::handle down, pybind11::handle up,
+                                           pybind11::handle plan_arrays, int64_t plan_tokens,
+                                           int64_t plan_adapters, pybind11::handle widths,
+                                           const AroundAdapter& around);
+
 // As functional.multi_elementwise takes them; None also where a gradient is wanted.
 pybind11::object ordinary_multi_elementwise(pybind11::handle x, pybind11::handle scales,
                                             pybind11::handle biases, pybind11::handle plan_arrays,

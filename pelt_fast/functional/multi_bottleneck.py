@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..activations import canonical
 from ..autograd import MultiBottleneckFunction
 from ..autograd.multi_bottleneck import MultiBottleneckSettings
 from ..dispatch import Explanation, explain_problem
@@ -40,6 +41,7 @@ from .checks import (
     served,
     shape_of,
 )
+from .ordinary import short_way
 
 _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
@@ -103,6 +105,16 @@ def multi_bottleneck(
         BackendUnavailable: the named backend cannot run this call.
         RuntimeError: in a backward of the backward, which has no formula here.
     """
+    extension = short_way(backend)
+    name = None if extension is None else canonical(activation)
+    if name is not None and type(plan) is MultiAdapterPlan:
+        found = extension.ordinary_multi_bottleneck(
+            *(x, down_weight, down_bias, up_weight, up_bias, plan._arrays, plan.tokens),
+            *(plan.num_adapters, name, scaling, widths, gate, residual, ln_weight, ln_bias),
+            *(eps, dropout_p, training),
+        )
+        if type(found) is Tensor:
+            return found
     call = _check(
         *(x, down_weight, down_bias, up_weight, up_bias, plan, activation, scaling, widths, gate),
         *(residual, ln_weight, ln_bias, eps, dropout_p, training, backend),

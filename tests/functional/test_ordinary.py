@@ -90,7 +90,21 @@ def elementwise(x, **kwargs):
     return PF.multi_elementwise(x, scales.to(x), None, plan, **kwargs)
 
 
-CALLS = {"lora": lora, "adapter": adapter, "multi": multi, "elementwise": elementwise}
+def bottleneck(x, **kwargs):
+    torch.manual_seed(1)
+    down, up, norm = torch.randn(2, M, x.shape[-1]), torch.randn(2, x.shape[-1], M), torch.ones(2)
+    plan = pelt_fast.MultiAdapterPlan([t % 3 - 1 for t in range(x[..., 0].numel())], 2)
+    weights = (down.to(x), None, up.to(x), None, plan)
+    return PF.multi_bottleneck(x, *weights, residual=x, scaling=norm.to(x), **kwargs)
+
+
+CALLS = {
+    "lora": lora,
+    "adapter": adapter,
+    "multi": multi,
+    "bottleneck": bottleneck,
+    "elementwise": elementwise,
+}
 
 
 @pytest.fixture(params=CALLS)
@@ -167,6 +181,26 @@ def test_bitwise_as_the_long_way_elementwise(dtype, given, over, served, long_wa
     assert served == ["ordinary_multi_elementwise"]
     assert y.dtype is dtype
     assert torch.equal(y, long_way(PF.multi_elementwise, *args, plan))
+
+
+@pytest.mark.parametrize("over", [False, True], ids=["alike", "float32 over a half"])
+@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_bitwise_as_the_long_way_bottleneck(dtype, optional, over, served, long_way):
+    torch.manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32) if over else dtype
+    x, other = (torch.randn(2, 3, 2 * D).to(dtype)[..., ::2] for _ in range(2))
+    of = lambda *shape: torch.randn(*shape).to(wide) if optional else None
+    plan = pelt_fast.MultiAdapterPlan([3, -1, 0, 3, 9, 1], 4)
+    weights = [torch.randn(4, M, D).to(wide), of(4, M), torch.randn(4, D, M).to(wide), of(4, D)]
+    kwargs = {"activation": "swish", "ln_weight": of(D), "ln_bias": of(D), "gate": of(2, 1, 1)}
+    if optional:
+        kwargs |= {"residual": (x, other), "scaling": of(4), "eps": 1e-3}
+        kwargs |= {"widths": torch.tensor([3, M, 0, 99], dtype=torch.int32)}
+    y = PF.multi_bottleneck(x, *weights, plan, **kwargs)
+    assert served == ["ordinary_multi_bottleneck"]
+    assert y.dtype is dtype
+    assert torch.equal(y, long_way(PF.multi_bottleneck, x, *weights, plan, **kwargs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
