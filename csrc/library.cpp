@@ -277,6 +277,34 @@ py::tuple multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::Tensor& x,
   return py::make_tuple(g.dx, g.da, g.db, g.drow_scale);
 }
 
+py::tuple multi_lora_linear_fwd(const at::Tensor& x, const at::Tensor& weight,
+                                const pelt_fast::OptionalTensor& bias,
+                                const std::vector<at::Tensor>& lora_a,
+                                const std::vector<at::Tensor>& lora_b, PELT_MULTI_ARGUMENTS) {
+  pelt_fast::MultiLoRAOutput out;
+  {
+    py::gil_scoped_release release;
+    out = pelt_fast::multi_lora_linear_fwd(to_rows(x), weight, bias, PELT_MULTI_CALL);
+    out.y[0] = from_rows(out.y[0], x);
+  }
+  return py::make_tuple(out.y[0], out.s);
+}
+
+py::tuple multi_lora_linear_bwd(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
+                                const std::vector<at::Tensor>& lora_a,
+                                const std::vector<at::Tensor>& lora_b, const at::Tensor& s,
+                                PELT_MULTI_ARGUMENTS, bool need_dx, bool need_da, bool need_db,
+                                bool need_drow_scale) {
+  pelt_fast::MultiLoRAGradients g;
+  {
+    py::gil_scoped_release release;
+    g = pelt_fast::multi_lora_bwd({to_rows(dy)}, to_rows(x), s, PELT_MULTI_CALL, need_dx, need_da,
+                                  need_db, need_drow_scale, weight);
+    g.dx = from_rows(g.dx, x);
+  }
+  return py::make_tuple(g.dx, g.da, g.db, g.drow_scale);
+}
+
 // What both directions of batched bottleneck adapters take.
 #define PELT_MULTI_BOTTLENECK_ARGUMENTS                                                     \
   const at::Tensor &down, const pelt_fast::OptionalTensor &down_bias, const at::Tensor &up, \
@@ -334,6 +362,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("base"), py::arg("plan"), py::arg("ranks"), py::arg("scaling"),
         py::arg("row_scale"), py::arg("dropout_p"), py::arg("seed"), py::arg("inplace") = false);
   m.def("multi_lora_bwd", &multi_lora_bwd);
+  m.def("multi_lora_linear_fwd", &multi_lora_linear_fwd);
+  m.def("multi_lora_linear_bwd", &multi_lora_linear_bwd);
   m.def("multi_bottleneck_fwd", &multi_bottleneck_fwd, release());
   m.def("multi_bottleneck_bwd", &multi_bottleneck_bwd, release());
   m.def("bottleneck_adapter_fwd", &bottleneck_adapter_fwd, release());

@@ -267,23 +267,39 @@ bool pays_to_pack(at::ScalarType dtype, int64_t rows) {
   return dtype == at::kFloat && current_isa() == Isa::kAvx2;
 }
 
+// A linear with a frozen weight whose packed product pays, of x.
+struct FrozenLinear {
+  at::Tensor weight;
+  OptionalTensor bias;
+};
+std::optional<FrozenLinear> ordinary_frozen(Reader& reader, py::handle weight, py::handle bias) {
+  if (!reader.ordinary) return {};
+  const int64_t in = reader.x().size(-1), tokens = reader.x().numel() / in;
+  const at::Tensor* w = reader.matrix(weight, -1, in, false);
+  if (!w || w->requires_grad() || w->is_inference()) return {};
+  const OptionalTensor b = reader.vector(bias, w->size(0), false);
+  if (!reader.ordinary || !pays_to_pack(reader.x().scalar_type(), tokens)) return {};
+  return FrozenLinear{*w, b};
+}
+
+// With a gradient forward and backward are lora_linear's, which packs at each call what it has no
+// room for.
+bool has_both_packed(const at::Tensor& weight) {
+  return has_packed(weight) && has_packed(weight.t());
+}
+
 } // namespace
 
 py::object ordinary_frozen_linear(py::handle x, py::handle weight, py::handle bias) {
   Reader reader(x);
-  if (!reader.ordinary) return py::none();
-  const int64_t in = reader.x().size(-1), tokens = reader.x().numel() / in;
-  const at::Tensor* w = reader.matrix(weight, -1, in, false);
-  if (!w || w->requires_grad() || w->is_inference()) return py::none();
-  const OptionalTensor b = reader.vector(bias, w->size(0), false);
-  if (!reader.ordinary || !pays_to_pack(reader.x().scalar_type(), tokens)) return py::none();
-  // forward and backward are lora_linear's, which packs at each call what it has no room for
-  if (reader.gradient) return has_packed(*w) && has_packed(w->t()) ? py::cast(true) : py::none();
+  const std::optional<FrozenLinear> frozen = ordinary_frozen(reader, weight, bias);
+  if (!frozen) return py::none();
+  if (reader.gradient) return has_both_packed(frozen->weight) ? py::cast(true) : py::none();
   OptionalTensor y;
   {
     py::gil_scoped_release release;
     const at::NoGradGuard no_grad;
-    y = frozen_linear(to_rows(reader.x()), *w, b);
+    y = frozen_linear(to_rows(reader.x()), frozen->weight, frozen->bias);
     if (y) y = from_rows(*y, reader.x());
   }
   return py::cast(y);
@@ -580,10 +596,11 @@ OptionalTensor of_adapters(Reader& reader, py::handle h, int64_t adapters, at::S
 
 } // namespace
 
-py::object ordinary_multi_lora(py::handle x, py::handle lora_a, py::handle lora_b,
-                               py::handle plan_arrays, int64_t plan_tokens, int64_t plan_adapters,
-                               py::handle scaling, py::handle ranks, py::handle base_out,
-                               py::handle row_scale, py::handle dropout_p, bool training) {
+py::object ordinary_multi_lora(py::handle x, py::handle weight, py::handle bias, py::handle lora_a,
+                               py::handle lora_b, py::handle plan_arrays, int64_t plan_tokens,
+                               int64_t plan_adapters, py::handle scaling, py::handle ranks,
+                               py::handle base_out, py::handle row_scale, py::handle dropout_p,
+                               bool training) {
   Reader reader(x);
   if (!reader.ordinary) return py::none();
   const int64_t in = reader.x().size(-1), tokens = reader.x().numel() / in;
@@ -595,12 +612,18 @@ py::object ordinary_multi_lora(py::handle x, py::handle lora_a, py::handle lora_
   const size_t n = all_a.size();
   reader.expect(n > 0 && all_b.size() == n && (!has_base || all_base.size() == n) &&
                 plan_tokens == tokens);
+  std::optional<FrozenLinear> frozen;
+  if (!weight.is_none()) {
+    frozen = ordinary_frozen(reader, weight, bias);
+    reader.expect(n == 1 && !has_base && frozen && !(frozen->bias && wants_grad(*frozen->bias)));
+  }
   std::vector<at::Tensor> as, bs;
   std::vector<OptionalTensor> bases(n);
   for (size_t i = 0; reader.ordinary && i < n; ++i) {
     const at::Tensor* a = stack_of(reader, all_a[i], plan_adapters, -1, in);
     if (!a || a->size(1) > kMaxRank) return py::none();
-    const at::Tensor* b = stack_of(reader, all_b[i], plan_adapters, -1, a->size(1));
+    const at::Tensor* b =
+        stack_of(reader, all_b[i], plan_adapters, frozen ? frozen->weight.size(0) : -1, a->size(1));
     if (!b) return py::none();
     as.push_back(*a);
     bs.push_back(*b);
@@ -673,6 +696,7 @@ py::object ordinary_multi_lora(py::handle x, py::handle lora_a, py::handle lora_
       read.push_back(place);
     }
   } else if (reader.gradient || rate > 0) {
+    if (frozen && !has_both_packed(frozen->weight)) return py::none();
     py::list tensors;
     for (py::handle h : all_a) tensors.append(h);
     for (py::handle h : all_b) tensors.append(h);
@@ -681,17 +705,18 @@ py::object ordinary_multi_lora(py::handle x, py::handle lora_a, py::handle lora_
     for (const at::Tensor& t : all_scaling) tensors.append(py::cast(t));
     return py::make_tuple(false, py::make_tuple(rate, per_row, tensors));
   }
+  if (frozen && !has_packed(frozen->weight)) return py::none();
   std::vector<at::Tensor> y;
   {
     py::gil_scoped_release release;
     const at::NoGradGuard no_grad;
     for (OptionalTensor& base : bases)
       if (base) base = changes ? base->view({-1, base->size(-1)}) : to_rows(*base);
-    y = multi_lora_fwd(to_rows(reader.x()), bases,
-                       multi_lora_of(reader.x(), as, bs, plan, all_ranks, all_scaling, per_row, 0.0,
-                                     std::nullopt),
-                       changes)
-            .y;
+    const at::Tensor rows = to_rows(reader.x());
+    const MultiLoRA call =
+        multi_lora_of(rows, as, bs, plan, all_ranks, all_scaling, per_row, 0.0, std::nullopt);
+    y = frozen ? multi_lora_linear_fwd(rows, frozen->weight, frozen->bias, call).y
+               : multi_lora_fwd(rows, bases, call, changes).y;
     for (at::Tensor& t : y) t = from_rows(t, reader.x());
   }
   py::tuple out(n);

@@ -50,11 +50,13 @@ pybind11::object ordinary_adapter(pybind11::handle down, pybind11::handle up,
                                   const AroundAdapter& around);
 pybind11::object ordinary_compacter(const PhmArguments& down, const PhmArguments& up,
                                     const AroundAdapter& around);
-// As functional.multi_lora takes them, the plan as its arrays and numbers. Returns None; or whether
-// it was done, and then the result (a base that was changed is itself), else the operands of the
-// autograd function: dropout's rate, x, the row scale, and a tuple of all A, B, bases, ranks and
+// As functional.multi_lora takes them, the plan as its arrays and numbers; with a weight (and a
+// bias or None), which are multi_lora_linear's, there is no base_out. Returns None; or whether it
+// was done, and then the result (a base that was changed is itself), else the operands of the
+// autograd function: dropout's rate, the row scale, and a list of all A, B, bases, ranks and
 // scalings.
-pybind11::object ordinary_multi_lora(pybind11::handle x, pybind11::handle lora_a,
+pybind11::object ordinary_multi_lora(pybind11::handle x, pybind11::handle weight,
+                                     pybind11::handle bias, pybind11::handle lora_a,
                                      pybind11::handle lora_b, pybind11::handle plan_arrays,
                                      int64_t plan_tokens, int64_t plan_adapters,
                                      pybind11::handle scaling, pybind11::handle ranks,

@@ -36,9 +36,9 @@ NAMES = (
     *(f"ours[{backend}]" for backend in (*BACKENDS, "cuda")),
     "plan",
 )
-"""*ours* is what `MultiLoRALinear` computes: `multi_lora` added to `frozen_linear`, whose W is packed once since it is
-frozen. *ours_linear* adds it to `F.linear`: the adapters' own cost, without what the packed product gains. *ours* has B
-as the layer keeps it, rank by rank; *ours_rows* as (L, out, R) without a gap."""
+"""*ours* is what `MultiLoRALinear` computes, `multi_lora_linear`: W is packed once since it is frozen. *ours_linear*
+adds `multi_lora` to `F.linear`: the adapters' own cost, without what the packed product gains. *ours* has B as the
+layer keeps it, rank by rank; *ours_rows* as (L, out, R) without a gap."""
 
 
 def draw(case: MultiLoRACase, device: torch.device) -> Inputs:
@@ -85,10 +85,6 @@ def _wanted(case: MultiLoRACase) -> tuple[str, ...]:
 
 def _frozen(leaves: Inputs) -> Tensor:
     return F.linear(leaves.x, leaves.weight, leaves.bias)
-
-
-def _packed(leaves: Inputs) -> Tensor:
-    return PF.frozen_linear(leaves.x, leaves.weight, leaves.bias)
 
 
 def _plan(name: str, case: MultiLoRACase, inputs: Inputs) -> Contender:
@@ -237,8 +233,6 @@ def _ours(name: str, case: MultiLoRACase, inputs: Inputs) -> Contender:
     if name == "ours_rows":
         inputs = by_rows(inputs)
     backend = backend_in(name)
-    # who asks for another backend by name gets PyTorch's product, as with `use_backend`
-    base = _frozen if name == "ours_linear" or backend not in (None, "cpp") else _packed
     (a,), (b,) = inputs.lora_a, inputs.lora_b
     scaling = inputs.args[-1][0]
     explanation = pelt_fast.explain(
@@ -247,10 +241,11 @@ def _ours(name: str, case: MultiLoRACase, inputs: Inputs) -> Contender:
 
     def function(leaves: Inputs) -> Tensor:
         (a,), (b,) = leaves.lora_a, leaves.lora_b
-        found: Tensor = PF.multi_lora(
-            leaves.x, a, b, leaves.plan, scaling, base_out=base(leaves), backend=backend
-        )
-        return found
+        rest = (a, b, leaves.plan, scaling)
+        if name == "ours_linear":
+            found: Tensor = PF.multi_lora(leaves.x, *rest, base_out=_frozen(leaves))
+            return found
+        return PF.multi_lora_linear(leaves.x, leaves.weight, leaves.bias, *rest, backend=backend)
 
     ran = what_runs(explanation, case)
     return differentiable(name, case, inputs, _wanted(case), function, ran)

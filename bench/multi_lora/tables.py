@@ -109,7 +109,7 @@ def tables(rows: Sequence[Row], meta: dict[str, Any]) -> list[TextTable]:
     everyone.notes = [
         "Forward and backward where nothing else is said. *loop*: PEFT's way of mixing, rows found beforehand; "
         "*PEFT*: its layer, which trains no mixed batches; *gather*: a copy of A and B for each token, two bmm; "
-        "*merged*: W + BA made for each adapter of the batch; *ours*: over `frozen_linear`, as in `MultiLoRALinear`; "
+        "*merged*: W + BA made for each adapter of the batch; *ours*: `multi_lora_linear`, as in `MultiLoRALinear`; "
         "*over F.linear*: the same adapters over PyTorch's product; *B by rows*: B as (L, out, R) without a gap, not "
         "rank by rank as `MultiLoRALinear` keeps it; *plan*: what is built once for a batch, for all its layers, and "
         "in no other time. –: not in this row, `kernels.csv` says why."
@@ -150,10 +150,11 @@ def _shape_table(rows: Sequence[Row], passes: str, gpu: bool) -> TextTable:
             ]
         )
     table.notes = [
-        "A product with the frozen W is in every time: for *frozen* and *loop* `F.linear`, for *ours* `frozen_linear`, "
-        "which packs W once, so that the overhead can be below 0; the table of every contender has ours over "
-        "`F.linear` too. *overhead* = (ours − frozen) / (loop − frozen), with an interval over resampled rounds; bare "
-        "ratios (×) stand where the loop costs less than 2 % over frozen. *error / loop*: mean distance from fp64 over "
+        "A product with the frozen W is in every time: for *frozen* and *loop* `F.linear`, for *ours* that of "
+        "`multi_lora_linear`, which packs W once, so that the overhead can be below 0; the table of every contender "
+        "has ours over `F.linear` too. *overhead* = (ours − frozen) / (loop − frozen), with an interval over resampled "
+        "rounds; bare ratios (×) stand where the loop costs less than 2 % over frozen. *error / loop*: mean distance "
+        "from fp64 over "
         "the loop's, the worst of y and all gradients, those of x and of the whole stack. "
         f"{LOST}: slower, or less exact, by 1 % or more."
     ]

@@ -58,6 +58,13 @@ struct Mask {
   }
 };
 
+// Rows in no order of memory's are nothing that hardware could foresee: whoever goes through them
+// asks for those that come next.
+template <class P>
+void ask_for(const P* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += int64_t(64 / sizeof(P))) __builtin_prefetch(p + i);
+}
+
 template <class U>
 struct Tile {
   const U* data;
@@ -86,15 +93,18 @@ struct WideEngine {
   int64_t strip() const { return 2 * kernels.lanes; } // columns of a packed strip of W
 
   // Left operand of a product over k: rows of x (dropped where the mask says), k padded to the pair
-  // with zeros.
+  // with zeros. order: which rows of x, one after the other without it.
   Tile<Operand> left(int64_t m, int64_t k, const T* x, int64_t stride, const Mask& mask,
-                     int64_t row, int64_t column, Scratch& out, Scratch& random) const {
+                     int64_t row, int64_t column, Scratch& out, Scratch& random,
+                     const int32_t* order = nullptr) const {
     const int64_t padded = round_up(k, 2 * lanes()),
                   ld = padded + 16; // rows must not fall into the same cache sets
     A* tile = out.get<A>(m * ld);
     for (int64_t i = 0; i < m; ++i) {
       const uint32_t* words = mask ? mask.words(kernels, row + i, column, k, random) : nullptr;
-      kernels.widen(k, padded, x + i * stride, words, mask.threshold, tile + i * ld);
+      if (order && i + 2 < m) ask_for(x + order[i + 2] * stride, k);
+      kernels.widen(k, padded, x + (order ? order[i] : i) * stride, words, mask.threshold,
+                    tile + i * ld);
     }
     return {tile, ld};
   }
@@ -144,15 +154,17 @@ struct AmxEngine {
   int64_t strip() const { return 64; }
 
   Tile<Operand> left(int64_t m, int64_t k, const T* x, int64_t stride, const Mask& mask,
-                     int64_t row, int64_t column, Scratch& out, Scratch& random) const {
+                     int64_t row, int64_t column, Scratch& out, Scratch& random,
+                     const int32_t* order = nullptr) const {
     // rows that overlap (expanded, unfolded) are copied: brgemm need not take a stride below k
-    if (!mask && k % 2 == 0 && stride >= k) return {x, stride};
+    if (!mask && !order && k % 2 == 0 && stride >= k) return {x, stride};
     const int64_t padded = round_up(k, 2), ld = padded + 32;
     BF16* tile = out.get<BF16>(m * ld);
     for (int64_t i = 0; i < m; ++i) {
       const uint32_t* words =
           mask ? mask.words(kernels, row + i, column, k, random) : random.get<uint32_t>(k);
-      kernels.drop(k, padded, x + i * stride, words, mask ? mask.threshold : 0, tile + i * ld);
+      kernels.drop(k, padded, x + (order ? order[i] : i) * stride, words, mask ? mask.threshold : 0,
+                   tile + i * ld);
     }
     return {tile, ld};
   }

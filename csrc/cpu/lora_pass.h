@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <vector>
 
 #include "../check.h"
@@ -59,6 +60,11 @@ struct Pass {
   O* shrunk = nullptr; // (rows, padded): scaled, rounded to T
   T* s = nullptr;      // (rows, rank): the same, compact; may be null
   T* y = nullptr;      // (rows, n)
+  // which rows of x and y are rows 0, 1, ... of the pass, if not they themselves; then nothing is
+  // shrunk or reduced here
+  const int32_t* order = nullptr;
+  // adds to columns [n0, n0 + n) of the product of rows [begin, begin + m): c (m, n), rows ld apart
+  std::function<void(int64_t begin, int64_t m, int64_t n0, int64_t n, A* c, int64_t ld)> add;
 
   // reduction over rows of q = x with p (rows, r) and, as a last row, with ones: dB and the sum of
   // dY
@@ -108,8 +114,9 @@ struct Pass {
       A* c = columns ? w.product.template get<A>(m * columns) : nullptr;
       for (int64_t k0 = 0; k0 < k; k0 += block_k) {
         const int64_t kc = std::min(k - k0, block_k), kp = round_up(kc, kPair<T>);
-        const T* from = x + begin * stride + k0;
-        const Tile<O> tile = engine.left(m, kc, from, stride, Mask{}, 0, 0, w.left, w.random);
+        const T* from = x + (order ? 0 : begin * stride) + k0;
+        const Tile<O> tile = engine.left(m, kc, from, stride, Mask{}, 0, 0, w.left, w.random,
+                                         order ? order + begin : nullptr);
         for (int64_t strip = strip0; strip < stop; ++strip) {
           const T* next = strip + 1 < stop   ? weight->at<T>(strip + 1, k0)
                           : k0 + block_k < k ? weight->at<T>(strip0, k0 + block_k)
@@ -141,9 +148,12 @@ struct Pass {
       if (columns) {
         expand(begin, m, strip0, stop, c, columns);
         const int64_t n0 = strip0 * width, n = std::min(columns, weight->n - n0);
-        for (int64_t i = 0; i < m; ++i)
+        if (add) add(begin, m, n0, n, c, columns);
+        for (int64_t i = 0; i < m; ++i) {
+          if (order && i + 2 < m) ask_for(y + order[begin + i + 2] * weight->n + n0, n);
           engine.kernels.narrow(n, c + i * columns, bias ? bias + n0 : nullptr,
-                                y + (begin + i) * weight->n + n0);
+                                y + (order ? order[begin + i] : begin + i) * weight->n + n0);
+        }
       }
       strip0 = stop;
     } while (strip0 < strip1);

@@ -37,14 +37,20 @@ struct MultiLoRAOutput {
 MultiLoRAOutput multi_lora_fwd(const at::Tensor& x, const std::vector<OptionalTensor>& base,
                                const MultiLoRA& call, bool inplace);
 
+// The same, one projection, added to x Wᵀ + b.
+MultiLoRAOutput multi_lora_linear_fwd(const at::Tensor& x, const at::Tensor& weight,
+                                      const OptionalTensor& bias, const MultiLoRA& call);
+
 struct MultiLoRAGradients {
   OptionalTensor dx;                  // (T, in)
   std::vector<OptionalTensor> da, db; // as lora_a, lora_b, one for each; nothing where not needed
   OptionalTensor drow_scale;          // (T,) in the accumulator's type
 };
 
+// With a weight, of multi_lora_linear_fwd: dx is that of x Wᵀ too.
 MultiLoRAGradients multi_lora_bwd(const std::vector<at::Tensor>& dy, const at::Tensor& x,
                                   const at::Tensor& s, const MultiLoRA& call, bool need_dx,
-                                  bool need_da, bool need_db, bool need_drow_scale);
+                                  bool need_da, bool need_db, bool need_drow_scale,
+                                  const OptionalTensor& weight = {});
 
 } // namespace pelt_fast

@@ -30,12 +30,6 @@ constexpr int64_t kMany = 32;
 // Columns of rows that are changed where they lie.
 constexpr int64_t kWide = 1024;
 
-// Rows of a batch lie in any order, which no hardware foresees: whoever goes through them says
-// which come next.
-inline void prefetch(const void* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
-}
-
 // One matrix (rows, columns) of T or of the accumulator's type, any strides.
 struct Matrix {
   const char* data;
@@ -229,6 +223,8 @@ struct Call {
   int64_t rank(int64_t i, int64_t g) const {
     return std::clamp<int64_t>(call.ranks[i].const_data_ptr<int32_t>()[g], 0, most[i]);
   }
+  // of an adapter or none
+  int64_t rank_of(int64_t i, int64_t g) const { return g < 0 ? 0 : rank(i, g); }
   A scaling(int64_t i, int64_t g) const { return data<A>(call.scaling[i])[g]; }
   A factor(int64_t i, int64_t g, int64_t t) const {
     return row_scale ? scaling(i, g) * row_scale[t] : scaling(i, g);
@@ -237,7 +233,7 @@ struct Call {
   // What a row of an adapter's costs, about.
   int64_t cost(int64_t g) const {
     int64_t sum = 8;
-    for (int64_t i = 0; g >= 0 && i < n(); ++i) sum += rank(i, g);
+    for (int64_t i = 0; i < n(); ++i) sum += rank_of(i, g);
     return sum;
   }
 
@@ -259,6 +255,38 @@ struct Call {
     at::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
       for (size_t i = first[size_t(from)]; i < first[size_t(to)]; ++i) body(tasks[i]);
     });
+  }
+
+  // Positions at which rows are divided among threads: cost(adapter) is what a row of its costs.
+  template <class Cost>
+  std::vector<int64_t> divided(int64_t threads, int64_t unit, const Cost& cost) const {
+    int64_t total = 0, before = 0;
+    for (const Segment& s : segments) total += s.rows * cost(s.adapter);
+    std::vector<int64_t> first{0};
+    for (const Segment& s : segments) {
+      const int64_t each = cost(s.adapter);
+      for (int64_t wanted;
+           int64_t(first.size()) < threads &&
+           (wanted = total * int64_t(first.size()) / threads) <= before + s.rows * each;) {
+        const int64_t at = (s.begin + (wanted - before) / each) / unit * unit;
+        first.push_back(std::max(first.back(), at));
+      }
+      before += s.rows * each;
+    }
+    first.resize(size_t(threads) + 1, int64_t(perm.size()));
+    return first;
+  }
+
+  // body(part) of each segment, or its part, of at most a chunk, among rows [begin, end)
+  template <class Body>
+  void parts(int64_t begin, int64_t end, const Body& body) const {
+    auto s = std::upper_bound(segments.begin(), segments.end(), begin,
+                              [](int64_t row, const Segment& s) { return row < s.begin; });
+    for (--s; s != segments.end() && s->begin < end; ++s) {
+      const int64_t last = std::min(end, s->begin + s->rows);
+      for (int64_t row = std::max(begin, s->begin); row < last; row += kChunk)
+        body(Segment{s->adapter, row, std::min(kChunk, last - row), s->all});
+    }
   }
 
   // body(tile), tiles in any order and thread
@@ -322,8 +350,7 @@ struct Call {
     A* out = scratch.template get<A>(tile.rows * padded);
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t t = perm[tile.begin + r];
-      if (r + 2 < tile.rows)
-        prefetch(x + perm[tile.begin + r + 2] * stride + k0, kc * int64_t(sizeof(T)));
+      if (r + 2 < tile.rows) ask_for(x + perm[tile.begin + r + 2] * stride + k0, kc);
       const uint32_t* words =
           masked ? masks[i].words(kernels, t, k0, kc, workspace().random) : nullptr;
       kernels.widen(kc, padded, x + t * stride + k0, words, words ? masks[i].threshold : 0,

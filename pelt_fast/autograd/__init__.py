@@ -9,7 +9,7 @@ from .gated_lora import GatedLoRALinearFunction
 from .lora import LoRALinearFunction
 from .multi_bottleneck import MultiBottleneckFunction
 from .multi_elementwise import MultiElementwiseFunction
-from .multi_lora import MultiLoRAFunction
+from .multi_lora import MultiLoRAFunction, MultiLoRALinearFunction
 
 __all__ = [
     "AdapterFusionFunction",
@@ -24,4 +24,5 @@ __all__ = [
     "MultiBottleneckFunction",
     "MultiElementwiseFunction",
     "MultiLoRAFunction",
+    "MultiLoRALinearFunction",
 ]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import multi_lora_bwd, multi_lora_fwd
+from ..ops import multi_lora_bwd, multi_lora_fwd, multi_lora_linear_bwd, multi_lora_linear_fwd
 from .once import differentiable_once
 
 
@@ -73,6 +73,59 @@ class MultiLoRAFunction(torch.autograd.Function):
             *[g if need else None for g, need in zip(db, of_b, strict=True)],
             *[g if need else None for g, need in zip(dy, of_base, strict=True)],
             *[None] * (2 * n + settings.plan_arrays),
+        )
+
+
+class MultiLoRALinearFunction(torch.autograd.Function):
+    """Of one projection, added to a frozen linear; neither its weight nor its bias gets a gradient.
+
+    Arguments: settings, seed, x, row_scale, weight, bias, A, B, ranks, scaling, then the plan's arrays.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        settings: MultiLoRASettings,
+        seed: Tensor | None,
+        x: Tensor,
+        row_scale: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        *tensors: Tensor,
+    ) -> Tensor:
+        (a, b, ranks, scaling), plan = ([t] for t in tensors[:4]), tensors[4:]
+        y, s = multi_lora_linear_fwd(
+            *(x, weight, bias, a, b, plan, ranks, scaling),
+            *(row_scale, settings.dropout_p, seed, settings.backend),
+        )
+        ctx.save_for_backward(seed, x, row_scale, weight, s, *tensors)
+        ctx.settings, ctx.not_saved = settings, ""
+        ctx.row_scale_dtype = None if row_scale is None else row_scale.dtype
+        found: Tensor = y
+        return found
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, saved: Sequence[Any], dy: Tensor) -> tuple[Any, ...]:
+        settings: MultiLoRASettings = ctx.settings
+        seed, x, row_scale, weight, s, *tensors = saved
+        a, b, ranks, scaling = ([t] for t in tensors[:4])
+        _, _, need_dx, need_drow_scale, _, _, need_da, need_db, *_ = ctx.needs_input_grad
+        dx, da, db, drow_scale = multi_lora_linear_bwd(
+            *(dy, x, weight, a, b, s, tensors[4:], ranks, scaling, row_scale),
+            *(settings.dropout_p, seed, need_dx, need_da, need_db, need_drow_scale),
+            settings.backend,
+        )
+        return (
+            None,
+            None,
+            dx if need_dx else None,
+            drow_scale.to(ctx.row_scale_dtype) if need_drow_scale else None,
+            None,
+            None,
+            da[0] if need_da else None,
+            db[0] if need_db else None,
+            *[None] * (2 + settings.plan_arrays),
         )
 
 

@@ -27,7 +27,7 @@ from .gates import central_gate, prefix_gate
 from .lora import MAX_RANK, explain_lora_linear, lora_linear
 from .multi_bottleneck import explain_multi_bottleneck, multi_bottleneck
 from .multi_elementwise import explain_multi_elementwise, multi_elementwise
-from .multi_lora import explain_multi_lora, multi_lora
+from .multi_lora import explain_multi_lora, multi_lora, multi_lora_linear
 from .prefix import explain_prefix_attention, prefix_attention
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "multi_bottleneck",
     "multi_elementwise",
     "multi_lora",
+    "multi_lora_linear",
     "philox_mask",
     "phm_linear",
     "prefix_attention",

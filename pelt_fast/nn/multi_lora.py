@@ -228,17 +228,14 @@ class MultiLoRALinear(nn.Module):
         if not torch.compiler.is_compiling():
             self._check_recomputation(plan)
         base = self.base_layer
-        y = functional.frozen_linear(x, base.weight, base.bias)
         if plan is None:
-            return y
-        out: Tensor = functional.multi_lora(
-            *(x, self.lora_a, self.lora_b, plan, self.scaling),
+            return functional.frozen_linear(x, base.weight, base.bias)
+        return functional.multi_lora_linear(
+            *(x, base.weight, base.bias, self.lora_a, self.lora_b, plan, self.scaling),
             ranks=self.ranks,
-            base_out=y,
             dropout_p=self.dropout,
             training=self.training,
         )
-        return out
 
     def _check_recomputation(self, plan: MultiAdapterPlan | None) -> None:
         """A checkpoint that runs a forward again outside of ``use_plan`` would lose the adapters' gradients."""

@@ -8,7 +8,13 @@ from .gated_lora import gated_lora_linear_bwd, gated_lora_linear_fwd
 from .lora import lora_linear_bwd, lora_linear_fwd
 from .multi_bottleneck import multi_bottleneck_bwd, multi_bottleneck_fwd
 from .multi_elementwise import multi_elementwise_bwd, multi_elementwise_fwd
-from .multi_lora import multi_lora_add_, multi_lora_bwd, multi_lora_fwd
+from .multi_lora import (
+    multi_lora_add_,
+    multi_lora_bwd,
+    multi_lora_fwd,
+    multi_lora_linear_bwd,
+    multi_lora_linear_fwd,
+)
 from .prefix import prefix_attention
 
 __all__ = [
@@ -33,5 +39,7 @@ __all__ = [
     "multi_lora_add_",
     "multi_lora_bwd",
     "multi_lora_fwd",
+    "multi_lora_linear_bwd",
+    "multi_lora_linear_fwd",
     "prefix_attention",
 ]

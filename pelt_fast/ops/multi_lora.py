@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import MultiLoRAProblem, arch_of, asked_for, select
@@ -246,6 +248,60 @@ def _backward_fake(
     return _gradients_like(x, lora_a, lora_b, (need_dx, need_da, need_db, need_drow_scale))
 
 
+def _linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    plan: Sequence[Tensor],
+    ranks: Sequence[Tensor],
+    scaling: Sequence[Tensor],
+    row_scale: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    base = F.linear(x, weight, bias)
+    y, s = _forward(
+        *(x, lora_a, lora_b, [base], plan, ranks, scaling, row_scale, dropout_p, seed, backend)
+    )
+    return y[0], s
+
+
+def _linear_forward_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    plan: Sequence[Tensor],
+    ranks: Sequence[Tensor],
+    scaling: Sequence[Tensor],
+    row_scale: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    y, s = _forward_fake(
+        *(x, lora_a, lora_b, [None], plan, ranks, scaling, row_scale, dropout_p, seed, backend)
+    )
+    return y[0], s
+
+
+def _linear_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    dx, da, db, drow_scale = _backward([dy], x, *rest)
+    return dx.add_(dy.matmul(weight)) if dx.numel() else dx, da, db, drow_scale
+
+
+def _linear_backward_fake(
+    dy: Tensor, x: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    return _backward_fake([dy], x, *rest)
+
+
 _REST = "Tensor[] plan, Tensor[] ranks, Tensor[] scaling, Tensor? row_scale, float dropout_p, Tensor? seed"
 
 multi_lora_fwd = define(
@@ -264,4 +320,18 @@ multi_lora_bwd = define(
     "bool need_da, bool need_db, bool need_drow_scale, str backend) -> (Tensor, Tensor[], Tensor[], Tensor)",
     _backward,
     _backward_fake,
+)
+# one projection with the frozen linear below it: on a CPU in one pass
+multi_lora_linear_fwd = define(
+    f"multi_lora_linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor[] lora_a, Tensor[] lora_b, {_REST}, "
+    "str backend) -> (Tensor, Tensor)",
+    _linear_forward,
+    _linear_forward_fake,
+)
+multi_lora_linear_bwd = define(
+    f"multi_lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor[] lora_a, Tensor[] lora_b, Tensor s, {_REST}, "
+    "bool need_dx, bool need_da, bool need_db, bool need_drow_scale, str backend) "
+    "-> (Tensor, Tensor[], Tensor[], Tensor)",
+    _linear_backward,
+    _linear_backward_fake,
 )

@@ -1,9 +1,11 @@
 """Batched multi-LoRA under every instruction set that this machine has, and what only C++ can get wrong."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pelt_fast import MultiAdapterPlan
 from pelt_fast import functional as PF
@@ -48,6 +50,34 @@ def test_matches_the_oracle(case, dtype, isa, run_on):
     results, _ = run(inputs)
     assert_forms(results, inputs)
     assert_all_ok(compare(results, *expected(case, dtype)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [100, 301])
+@pytest.mark.parametrize("case", ["short_sums", "past_a_block"])
+def test_over_the_frozen_linear(case, tokens, dtype, isa, run_on):
+    """Alone or riding on the product: s and all gradients but dx to the bit those of the adapters alone."""
+    run_on(dtype)
+    case = replace(next(c for c in CASES if c.name == case), shape=(tokens,), row_scale="token")
+    inputs = replace(case, base=False).make(dtype)
+    x, a, b, base, *rest = oracle.operands(inputs)
+    weight = (torch.randn(case.out_features[0], case.in_features) / 16).to(dtype)
+    bias, dropout = torch.randn(case.out_features[0]).to(dtype), (0.3, torch.tensor([5]))
+    y, s = _C.multi_lora_linear_fwd(x, weight, bias, a, b, *rest, *dropout)
+    added, its_s = _C.multi_lora_fwd(x, a, b, base, *rest, *dropout)
+    dx, da, db, dscale = _C.multi_lora_linear_bwd(
+        *(inputs.dy, x, weight, a, b, s, *rest, *dropout, True, True, True, True)
+    )
+    its_dx, *others = _C.multi_lora_bwd([inputs.dy], x, a, b, s, *rest, *dropout, *[True] * 4)
+    for one, other in zip((s, *da, *db, dscale), (its_s, *others[0], *others[1], others[2]), strict=True):  # fmt: skip
+        assert torch.equal(one, other)
+    eps = torch.finfo(dtype).eps
+    for found, of_base, more in (
+        (y, F.linear(x, weight, bias), added[0]),
+        (dx, inputs.dy @ weight, its_dx),
+    ):
+        size = (of_base.abs() + more.abs()).max()
+        torch.testing.assert_close(found, of_base + more, rtol=0, atol=(2 + eps**-0.1) * eps * size.item())  # fmt: skip
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
