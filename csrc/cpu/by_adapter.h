@@ -80,8 +80,7 @@ ListedRows<Acc<T>> rows_in(const Kernels<T>& kernels, const std::vector<int32_t>
   A* out = scratch.template get<A>(tile.rows * padded);
   for (int64_t r = 0; r < tile.rows; ++r) {
     const int64_t t = perm[tile.begin + r];
-    if (r + 2 < tile.rows)
-      prefetch(x + perm[tile.begin + r + 2] * stride + k0, kc * int64_t(sizeof(T)));
+    if (r + 2 < tile.rows) ask_for(x + perm[tile.begin + r + 2] * stride + k0, kc);
     const uint32_t* words = mask ? mask->words(kernels, t, k0, kc, workspace().random) : nullptr;
     kernels.widen(kc, padded, x + t * stride + k0, words, words ? mask->threshold : 0,
                   out + r * padded);
