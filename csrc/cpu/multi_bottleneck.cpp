@@ -14,7 +14,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "adapter_block.h"
-#include "by_adapter.h"
+#include "multi_rows.h"
 
 namespace pelt_fast {
 

@@ -12,11 +12,10 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "lora.h"
 #include "lora_pass.h"
-#include "multi_rows.h"
+#include "multi_lora_call.h"
 
 namespace pelt_fast {
 
@@ -35,28 +34,13 @@ void check(const at::Tensor& x, const MultiLoRA& call) {
   check_memory("row_scale", call.row_scale);
 }
 
-// A gradient of a stack (L, p, q), in the stack's strides where an adapter's part is dense in them.
 // Zeros where no sum is written: adapters without rows, ranks beyond the adapter's.
 template <class T>
 at::Tensor gradient_of(const at::Tensor& stack, const Call<T>& call, int64_t i) {
-  const int64_t adapters = stack.size(0), p = stack.size(1), q = stack.size(2);
-  const bool turned = stack.stride(1) == 1 && stack.stride(2) == p && p > 1;
-  at::Tensor out = empty_rows(adapters, p * q, stack.options());
-  std::vector<bool> written(adapters);
+  std::vector<bool> written(call.adapters);
   for (const Segment& s : call.segments)
     if (s.adapter >= 0) written[s.adapter] = call.rank(i, s.adapter) == call.most[i];
-  const int64_t bytes = p * q * stack.itemsize();
-  char* memory = static_cast<char*>(out.mutable_data_ptr());
-  for (int64_t g = 0; g < adapters; ++g)
-    if (!written[g]) std::memset(memory + g * bytes, 0, bytes);
-  return turned ? out.as_strided(stack.sizes(), {p * q, 1, p}) : out.view(stack.sizes());
-}
-
-// In the order of the parameter's memory, as autograd keeps a gradient without a copy of it.
-at::Tensor like(const at::Tensor& gradient, const at::Tensor& parameter) {
-  if (gradient.strides() == parameter.strides()) return gradient;
-  at::Tensor out = at::empty_like(parameter); // where it is dense in no order: in some order
-  return gradient.strides() == out.strides() ? gradient : out.copy_(gradient);
+  return multi::gradient_of(stack, written);
 }
 
 } // namespace

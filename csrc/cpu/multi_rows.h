@@ -6,17 +6,18 @@
 // results have the same bits alone and in any batch, with any number of threads.
 #pragma once
 
+#include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <numeric>
 #include <vector>
 
 #include "blocks.h"
 #include "engine.h"
 #include "memory.h"
-#include "multi_lora.h"
 
 namespace pelt_fast::multi {
 
@@ -167,40 +168,16 @@ struct Work {
   }
 };
 
-template <class T>
-struct Call {
-  using A = Acc<T>;
-  const MultiLoRA& call;
-  const Kernels<T>& kernels;
-  int64_t adapters, total = 0, padded = 0; // ΣR, and with each padded to lanes
-  std::vector<Stack<T>> a, b;
-  std::vector<int64_t> most, offset, padded_offset; // R of a projection, its first column
-  std::vector<Mask> masks;
-  A keep = 1;
-  std::vector<int32_t>
-      perm; // our own: whoever writes over the plan meanwhile leads out of no tensor
-  const A* row_scale;
+// Rows by adapter, as a plan has them.
+struct Order {
+  // our own: whoever writes over the plan meanwhile leads out of no tensor
+  std::vector<int32_t> perm;
   std::vector<Segment> segments;
 
-  Call(const MultiLoRA& call, const Kernels<T>& kernels, int64_t tokens, int64_t features)
-      : call(call),
-        kernels(kernels),
-        adapters(call.lora_a[0].size(0)),
-        perm(call.perm.const_data_ptr<int32_t>(),
-             call.perm.const_data_ptr<int32_t>() + std::min(tokens, call.perm.numel())),
-        row_scale(call.row_scale ? data<A>(*call.row_scale) : nullptr) {
-    for (size_t i = 0; i < call.lora_a.size(); ++i) {
-      a.emplace_back(call.lora_a[i]);
-      b.emplace_back(call.lora_b[i]);
-      most.push_back(call.lora_a[i].size(1));
-      offset.push_back(total);
-      padded_offset.push_back(padded);
-      total += most.back();
-      padded += round_up(most.back(), kernels.lanes);
-      masks.push_back(make_mask(call.dropout_p, call.seed, i, features));
-    }
-    keep = A(keep_scale(masks[0], call.dropout_p));
-    const int32_t* indptr = call.indptr.const_data_ptr<int32_t>();
+  Order(const at::Tensor& plan, const at::Tensor& boundaries, int64_t tokens, int64_t adapters)
+      : perm(plan.const_data_ptr<int32_t>(),
+             plan.const_data_ptr<int32_t>() + std::min(tokens, plan.numel())) {
+    const int32_t* indptr = boundaries.const_data_ptr<int32_t>();
     int64_t end = 0;
     bool whole = int64_t(perm.size()) == tokens;
     for (int64_t g = 0; g <= adapters && whole; ++g) {
@@ -217,202 +194,82 @@ struct Call {
     TORCH_CHECK_VALUE(whole && end == tokens, "plan does not hold each of x's ", tokens,
                       " rows once: it was changed since it was checked");
   }
-
-  int64_t n() const { return int64_t(a.size()); }
-  bool dropout() const { return bool(masks[0]); }
-  int64_t rank(int64_t i, int64_t g) const {
-    return std::clamp<int64_t>(call.ranks[i].const_data_ptr<int32_t>()[g], 0, most[i]);
-  }
-  // of an adapter or none
-  int64_t rank_of(int64_t i, int64_t g) const { return g < 0 ? 0 : rank(i, g); }
-  A scaling(int64_t i, int64_t g) const { return data<A>(call.scaling[i])[g]; }
-  A factor(int64_t i, int64_t g, int64_t t) const {
-    return row_scale ? scaling(i, g) * row_scale[t] : scaling(i, g);
-  }
-
-  // What a row of an adapter's costs, about.
-  int64_t cost(int64_t g) const {
-    int64_t sum = 8;
-    for (int64_t i = 0; i < n(); ++i) sum += rank_of(i, g);
-    return sum;
-  }
-
-  // body(task) of tasks in order; each thread has about the same sum of costs.
-  template <class Task, class Body>
-  static void share(const std::vector<Task>& tasks, const std::vector<int64_t>& costs,
-                    int64_t threads, const Body& body) {
-    const int64_t total = std::accumulate(costs.begin(), costs.end(), int64_t(0));
-    std::vector<size_t> first{0}; // of each thread
-    int64_t sum = 0;
-    for (size_t i = 0; i < tasks.size(); ++i) {
-      // where the middle of a task lies says whose it is
-      while (int64_t(first.size()) < threads &&
-             (2 * sum + costs[i]) * threads >= 2 * total * int64_t(first.size()))
-        first.push_back(i);
-      sum += costs[i];
-    }
-    first.resize(size_t(threads) + 1, tasks.size());
-    at::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
-      for (size_t i = first[size_t(from)]; i < first[size_t(to)]; ++i) body(tasks[i]);
-    });
-  }
-
-  // Positions at which rows are divided among threads: cost(adapter) is what a row of its costs.
-  template <class Cost>
-  std::vector<int64_t> divided(int64_t threads, int64_t unit, const Cost& cost) const {
-    int64_t total = 0, before = 0;
-    for (const Segment& s : segments) total += s.rows * cost(s.adapter);
-    std::vector<int64_t> first{0};
-    for (const Segment& s : segments) {
-      const int64_t each = cost(s.adapter);
-      for (int64_t wanted;
-           int64_t(first.size()) < threads &&
-           (wanted = total * int64_t(first.size()) / threads) <= before + s.rows * each;) {
-        const int64_t at = (s.begin + (wanted - before) / each) / unit * unit;
-        first.push_back(std::max(first.back(), at));
-      }
-      before += s.rows * each;
-    }
-    first.resize(size_t(threads) + 1, int64_t(perm.size()));
-    return first;
-  }
-
-  // body(part) of each segment, or its part, of at most a chunk, among rows [begin, end)
-  template <class Body>
-  void parts(int64_t begin, int64_t end, const Body& body) const {
-    auto s = std::upper_bound(segments.begin(), segments.end(), begin,
-                              [](int64_t row, const Segment& s) { return row < s.begin; });
-    for (--s; s != segments.end() && s->begin < end; ++s) {
-      const int64_t last = std::min(end, s->begin + s->rows);
-      for (int64_t row = std::max(begin, s->begin); row < last; row += kChunk)
-        body(Segment{s->adapter, row, std::min(kChunk, last - row), s->all});
-    }
-  }
-
-  // body(tile), tiles in any order and thread
-  template <class Body>
-  void tiles(int64_t tokens, int64_t products, const Body& body) const {
-    const int64_t threads = products < Plan::kAlone ? 1 : at::get_num_threads();
-    const int64_t size =
-        std::clamp<int64_t>(round_up((tokens + threads - 1) / threads, 8), 8, kChunk);
-    std::vector<Segment> tiles;
-    std::vector<int64_t> costs;
-    for (const Segment& s : segments)
-      for (int64_t r = 0; r < s.rows; r += size) {
-        tiles.push_back({s.adapter, s.begin + r, std::min(size, s.rows - r), s.all});
-        costs.push_back(tiles.back().rows * cost(s.adapter));
-      }
-    share(tiles, costs, threads, body);
-  }
-
-  // Tasks (segment, projection, columns) of a sum over rows.
-  template <class Body>
-  void sums(const std::vector<int64_t>& widths, const Body& body) const {
-    struct Task {
-      const Segment* segment;
-      int64_t projection, begin, columns;
-    };
-    std::vector<Task> tasks;
-    std::vector<int64_t> costs;
-    // wide ones read what is shared fewer times, if there is one for everybody
-    const int64_t threads = at::get_num_threads(),
-                  width = int64_t(segments.size()) < 4 * threads ? 256 : 1024;
-    for (const Segment& s : segments)
-      for (int64_t i = 0; s.adapter >= 0 && i < n(); ++i)
-        for (int64_t c = 0; rank(i, s.adapter) > 0 && c < widths[i]; c += width) {
-          tasks.push_back({&s, i, c, std::min(width, widths[i] - c)});
-          // what is written costs too
-          costs.push_back((s.rows + 8) * rank(i, s.adapter) * tasks.back().columns);
-        }
-    share(tasks, costs, threads, [&](const Task& task) {
-      body(*task.segment, task.projection, task.begin, task.columns);
-    });
-  }
-
-  using Rows = std::array<const A*, kChunk>;
-  using OutRows = OutRowsOf<A>;
-
-  // Columns [k0, k0 + kc) of the tile's rows of x in A, then zeros up to padded, through projection
-  // i's mask (i < 0: none): where they lie in memory if that serves, else copies. again: each is
-  // read several times.
-  Rows rows_in(const Segment& tile, const T* x, int64_t stride, int64_t k0, int64_t kc,
-               int64_t padded, int64_t i, bool again, Scratch& scratch) const {
-    Rows rows;
-    const bool masked = i >= 0 && masks[i];
-    if constexpr (std::is_same_v<T, A>) {
-      // many rows that fall into the same cache sets are better copied
-      const bool spread = !again || tile.rows <= 8 || stride * int64_t(sizeof(A)) % 4096 != 0;
-      if (!masked && padded == kc && spread) {
-        for (int64_t r = 0; r < tile.rows; ++r) rows[r] = x + perm[tile.begin + r] * stride + k0;
-        return rows;
-      }
-    }
-    A* out = scratch.template get<A>(tile.rows * padded);
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t t = perm[tile.begin + r];
-      if (r + 2 < tile.rows) ask_for(x + perm[tile.begin + r + 2] * stride + k0, kc);
-      const uint32_t* words =
-          masked ? masks[i].words(kernels, t, k0, kc, workspace().random) : nullptr;
-      kernels.widen(kc, padded, x + t * stride + k0, words, words ? masks[i].threshold : 0,
-                    out + r * padded);
-      rows[r] = out + r * padded;
-    }
-    return rows;
-  }
-
-  // Columns [n0, n0 + nc) of rows of a result, to be added to: the band's own where they are whole
-  // vectors of A, else room for a copy. The band is a part of the tile.
-  OutRows rows_out(const Segment& tile, const Segment& band, T* y, int64_t stride, int64_t n0,
-                   int64_t nc, Scratch& scratch) const {
-    OutRows out;
-    if constexpr (std::is_same_v<T, A>) {
-      if (nc % kernels.lanes == 0) {
-        out.ahead = std::min(band.rows, tile.begin + tile.rows - band.begin - band.rows);
-        for (int64_t r = 0; r < band.rows + out.ahead; ++r)
-          out.rows[r] = y + perm[band.begin + r] * stride + n0;
-        return out;
-      }
-    }
-    const int64_t ld = round_up(nc, kernels.lanes);
-    A* memory = scratch.template get<A>(band.rows * ld);
-    for (int64_t r = 0; r < band.rows; ++r) out.rows[r] = memory + r * ld;
-    return out;
-  }
-  // Copies among them, rounded into the result.
-  void store(const Segment& tile, const OutRows& rows, int64_t nc, T* y, int64_t stride,
-             int64_t n0) const {
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      T* to = y + perm[tile.begin + r] * stride + n0;
-      if (!is_own(rows[r], to)) kernels.narrow(nc, rows[r], nullptr, to);
-    }
-  }
-  static bool is_own(const A* row, const T* y) {
-    return static_cast<const void*>(row) == static_cast<const void*>(y);
-  }
-
-  // (rank, rows), the tile's rows of s or ds turned: element (j, r) times factor(r)
-  template <class Factor>
-  A* turned(const Segment& tile, const T* s, int64_t column, int64_t rank, const Factor& factor,
-            Scratch& scratch) const {
-    A* out = scratch.template get<A>(rank * tile.rows);
-    A* row = workspace().left.template get<A>(rank);
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t t = perm[tile.begin + r];
-      const A* from = row;
-      if constexpr (std::is_same_v<T, A>)
-        from = s + t * total + column;
-      else
-        kernels.widen(rank, rank, s + t * total + column, nullptr, 0, row);
-      const A f = factor(t);
-      for (int64_t j = 0; j < rank; ++j) out[j * tile.rows + r] = from[j] * f;
-    }
-    return out;
-  }
 };
+
+// body(task) of tasks in order; each thread has about the same sum of costs.
+template <class Task, class Body>
+void share(const std::vector<Task>& tasks, const std::vector<int64_t>& costs, int64_t threads,
+           const Body& body) {
+  const int64_t total = std::accumulate(costs.begin(), costs.end(), int64_t(0));
+  std::vector<size_t> first{0}; // of each thread
+  int64_t sum = 0;
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    // where the middle of a task lies says whose it is
+    while (int64_t(first.size()) < threads &&
+           (2 * sum + costs[i]) * threads >= 2 * total * int64_t(first.size()))
+      first.push_back(i);
+    sum += costs[i];
+  }
+  first.resize(size_t(threads) + 1, tasks.size());
+  at::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
+    for (size_t i = first[size_t(from)]; i < first[size_t(to)]; ++i) body(tasks[i]);
+  });
+}
+
+template <class A>
+using ListedRows = std::array<const A*, kChunk>;
+
+// Columns [k0, k0 + kc) of a tile's rows of x in A, then zeros up to padded, through a mask (null:
+// none): where they lie in memory if that serves, else copies. again: each is read several times.
+template <class T>
+ListedRows<Acc<T>> rows_in(const Kernels<T>& kernels, const std::vector<int32_t>& perm,
+                           const Segment& tile, const T* x, int64_t stride, int64_t k0, int64_t kc,
+                           int64_t padded, const Mask* mask, bool again, Scratch& scratch) {
+  using A = Acc<T>;
+  ListedRows<A> rows;
+  if constexpr (std::is_same_v<T, A>) {
+    // many rows that fall into the same cache sets are better copied
+    const bool spread = !again || tile.rows <= 8 || stride * int64_t(sizeof(A)) % 4096 != 0;
+    if (!mask && padded == kc && spread) {
+      for (int64_t r = 0; r < tile.rows; ++r) rows[r] = x + perm[tile.begin + r] * stride + k0;
+      return rows;
+    }
+  }
+  A* out = scratch.template get<A>(tile.rows * padded);
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const int64_t t = perm[tile.begin + r];
+    if (r + 2 < tile.rows) ask_for(x + perm[tile.begin + r + 2] * stride + k0, kc);
+    const uint32_t* words = mask ? mask->words(kernels, t, k0, kc, workspace().random) : nullptr;
+    kernels.widen(kc, padded, x + t * stride + k0, words, words ? mask->threshold : 0,
+                  out + r * padded);
+    rows[r] = out + r * padded;
+  }
+  return rows;
+}
 
 // Elements of a sum's piece of a stack: a block of it stays in level 2.
 inline int64_t block_of(int64_t rank) {
   return std::clamp<int64_t>(kBlock / rank / 64 * 64, 128, 1024);
+}
+
+// A gradient of a stack (L, p, q), in the stack's strides where an adapter's part is dense in them;
+// zeros but for the adapters whose parts are written as a whole.
+inline at::Tensor gradient_of(const at::Tensor& stack, const std::vector<bool>& written) {
+  const int64_t adapters = stack.size(0), p = stack.size(1), q = stack.size(2);
+  const bool turned = stack.stride(1) == 1 && stack.stride(2) == p && p > 1;
+  at::Tensor out = empty_rows(adapters, p * q, stack.options());
+  const int64_t bytes = p * q * stack.itemsize();
+  char* memory = static_cast<char*>(out.mutable_data_ptr());
+  for (int64_t g = 0; g < adapters; ++g)
+    if (!written[g]) std::memset(memory + g * bytes, 0, bytes);
+  return turned ? out.as_strided(stack.sizes(), {p * q, 1, p}) : out.view(stack.sizes());
+}
+
+// In the order of the parameter's memory, as autograd keeps a gradient without a copy of it.
+inline at::Tensor like(const at::Tensor& gradient, const at::Tensor& parameter) {
+  if (gradient.strides() == parameter.strides()) return gradient;
+  at::Tensor out = at::empty_like(parameter); // where it is dense in no order: in some order
+  return gradient.strides() == out.strides() ? gradient : out.copy_(gradient);
 }
 
 } // namespace pelt_fast::multi
