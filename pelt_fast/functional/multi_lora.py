@@ -20,7 +20,6 @@ from ..ops.multi_lora import problem_of
 from ..random import new_seed
 from ..segments import MultiAdapterPlan
 from .checks import (
-    HALVES,
     autocast_dtype,
     backend_name,
     check_dtype,
@@ -32,6 +31,7 @@ from .checks import (
     check_tensor,
     check_there,
     number,
+    served,
     shape_of,
     tensors,
 )
@@ -287,7 +287,7 @@ def _check(
     for i, name in enumerate(names):
         _check_adapters(name, x, lora_a[i], lora_b[i], autocast)
     if autocast:
-        lora_a, lora_b = ([_served(p, x) for p in parameters] for parameters in (lora_a, lora_b))
+        lora_a, lora_b = ([served(p, x) for p in parameters] for parameters in (lora_a, lora_b))
     adapters = lora_a[0].shape[0]
     for i, name in enumerate(names):
         if lora_a[i].shape[0] != adapters:
@@ -347,12 +347,6 @@ def _check_adapters(name: str, x: Tensor, a: Any, b: Any, autocast: bool) -> Non
         )
     check_dtype(f"lora_a{name}", a, x, autocast, wider=True)
     check_dtype(f"lora_b{name}", b, x, autocast, wider=True)
-
-
-def _served(parameter: Tensor, x: Tensor) -> Tensor:
-    """In a dtype that kernels take: x's, or float32 over a half."""
-    wider = parameter.dtype == torch.float32 and x.dtype in HALVES
-    return parameter if wider else parameter.to(x.dtype)
 
 
 def _base(
