@@ -26,7 +26,7 @@ def accelerate(model: nn.Module, *, compat: str | None = None) -> Report:
     """Makes the adapters of a PEFT or `adapters` model fast, in place.
 
     In a PEFT model every ``peft.tuners.lora.Linear`` over a plain ``nn.Linear`` or ``Conv1D`` computes
-    with ``pelt_fast.functional.lora_linear`` from then on, and with ``multi_lora`` where each sample of a
+    with ``pelt_fast.functional.lora_linear`` from then on, and with ``multi_lora_linear`` where each sample of a
     batch names its adapter: ``model(..., adapter_names=["a", "b", "__base__"])``, and likewise ``generate``.
     Such a batch also trains, which it does not in PEFT: make the adapters trainable by
     ``model.set_requires_grad(["a", "b"])``, and accelerate the ``PeftModel`` itself, not a part of it. If the
@@ -128,10 +128,10 @@ def mixed_batch(model: nn.Module, setups: Sequence[Any]) -> contextlib.AbstractC
     ``loss.backward()`` inside or outside of the block, gives each sample what ``set_active_adapters(setup)`` gives it
     alone, at the same padded length: LoRA, bottleneck adapters of all forms (Compacter and parallel ones too),
     fusion, prefixes of any lengths, invertible adapters, unions of them (UniPELT, MAM) and none, in any order, each
-    setup as often as one likes. LoRA of all samples is one ``multi_lora``; other layers compute the samples setup by
-    setup. Dropout acts on each sample as alone, with other draws. An adapter that no sample names gets no gradient
-    (None, not zeros). What trains is what requires a gradient: ``model.train_adapter(Stack("a", "b"))`` makes several
-    adapters train at once.
+    setup as often as one likes. LoRA of all samples is one ``multi_lora_linear``; other layers compute the samples
+    setup by setup. Dropout acts on each sample as alone, with other draws. An adapter that no sample names gets no
+    gradient (None, not zeros). What trains is what requires a gradient: ``model.train_adapter(Stack("a", "b"))`` makes
+    several adapters train at once.
 
     Nothing is stored on the model: active adapters, heads and modes are as they were, and within the block other
     threads do not see it. The model's own gradient checkpointing remembers the batch. ``model.generate`` takes one

@@ -1,4 +1,4 @@
-"""A mixed batch on a LoRA linear of the `adapters` library: one ``multi_lora`` over the base's product."""
+"""A mixed batch on a LoRA linear of the `adapters` library: one ``multi_lora_linear``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional import frozen_linear, multi_lora
+from ..functional import multi_lora_linear
 from .adapters_mixed import MixedBatch, by_setup
 from .adapters_paper import current
 from .stacked_lora import StackedLoRA, plan_of, stacked
@@ -65,17 +65,15 @@ def mixed_lora(layer: Any, batch: MixedBatch, x: Tensor, read: Read) -> Tensor:
         ],
         x,
     )
-    out = frozen_linear(x, loras[0].weight, loras[0].bias)
-    y: Tensor = multi_lora(
-        *(x, stack.lora_a, stack.lora_b, plan_of(samples, len(loras), tokens, x.device)),
+    return multi_lora_linear(
+        *(x, loras[0].weight, loras[0].bias, stack.lora_a, stack.lora_b),
+        plan_of(samples, len(loras), tokens, x.device),
         stack.scaling,
         ranks=stack.ranks,
-        base_out=out,
         row_scale=_gates(x, samples, loras, None if paper is None else paper.weights(x)),
         dropout_p=loras[0].dropout_p,
         training=True,
     )
-    return y
 
 
 def _gates(

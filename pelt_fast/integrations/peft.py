@@ -1,4 +1,4 @@
-"""PEFT: its LoRA linear layers compute with ``lora_linear``, and mixed batches with ``multi_lora``.
+"""PEFT: its LoRA linear layers compute with ``lora_linear``, and mixed batches with ``multi_lora_linear``.
 
 A layer is made fast by giving it another class, a subclass of PEFT's that differs in ``forward``
 alone, and restored by giving it PEFT's back. Nothing is stored on the layer, so copies, pickles,
@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..functional import explain, frozen_linear, lora_linear, multi_lora
+from ..functional import explain, lora_linear, multi_lora_linear
 from . import peft_prefix
 from .base_layers import FAST_BASE, base_classes
 from .fast_class import check_on_top, give_back, library_type, sorts_of
@@ -65,10 +65,10 @@ class AcceleratedLinear(lora.Linear):
             return super().forward(x, adapter_names=names)
         if found is None:
             return self.base_layer(x)
-        out = frozen_linear(x, found.weight, found.bias)
+        y = multi_lora_linear(x, found.weight, found.bias, **found.arguments, training=True)
         if found.lora_biases is not None:
-            out = (out + found.lora_biases.view(out.shape)).to(out.dtype)
-        return multi_lora(x, **found.arguments, base_out=out, training=True)
+            y = (y + found.lora_biases.view(y.shape)).to(y.dtype)
+        return y
 
 
 class AcceleratedModel(LoraModel):

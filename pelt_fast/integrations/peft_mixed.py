@@ -1,4 +1,4 @@
-"""A PEFT LoRA layer under ``adapter_names``, as arguments of ``multi_lora``.
+"""A PEFT LoRA layer under ``adapter_names``, as arguments of ``multi_lora_linear``.
 
 The parameters stay PEFT's: those of the adapters in the batch are stacked (``stacked_lora``).
 """
@@ -27,12 +27,12 @@ BASE = "__base__"
 
 
 class MixedOperands(NamedTuple):
-    """The base's product, and what is added to it."""
+    """What ``multi_lora_linear`` takes besides x, and what is added to its result."""
 
     weight: Tensor  # (out, in)
     bias: Tensor | None
+    arguments: Operands  # the rest
     lora_biases: Tensor | None  # of B, for each row: (T, out)
-    arguments: Operands  # of ``multi_lora`` after x, but for the base's output
 
 
 def mixed_operands(
@@ -78,7 +78,7 @@ def mixed_operands(
     }
     # Conv1D keeps its weight as (in, out)
     matrix = weight if isinstance(base, nn.Linear) else weight.t()
-    return MixedOperands(matrix, parameter(base, "bias"), biases, arguments)
+    return MixedOperands(matrix, parameter(base, "bias"), arguments, biases)
 
 
 class _Reading(NamedTuple):

@@ -311,13 +311,13 @@ def test_checkpointing(architecture: str) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The inputs of the LoRA layers that took all samples in one call."""
     inputs: list[Tensor] = []
-    original = adapters_mixed_lora.multi_lora
+    original = adapters_mixed_lora.multi_lora_linear
 
     def spy(x: Tensor, *args: Any, **options: Any) -> Tensor:
         inputs.append(x)
         return original(x, *args, **options)
 
-    monkeypatch.setattr(adapters_mixed_lora, "multi_lora", spy)
+    monkeypatch.setattr(adapters_mixed_lora, "multi_lora_linear", spy)
     return inputs
 
 

@@ -70,13 +70,13 @@ def make_mixed(make, randomize) -> Callable[..., nn.Module]:
 def mixed(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The inputs of the mixed batches that accelerated layers have served themselves so far."""
     inputs: list[Tensor] = []
-    original = integration.multi_lora
+    original = integration.multi_lora_linear
 
-    def spy(x: Tensor, **operands: Any) -> Tensor:
+    def spy(x: Tensor, *base: Any, **operands: Any) -> Tensor:
         inputs.append(x)
-        return original(x, **operands)
+        return original(x, *base, **operands)
 
-    monkeypatch.setattr(integration, "multi_lora", spy)
+    monkeypatch.setattr(integration, "multi_lora_linear", spy)
     return inputs
 
 
