@@ -198,11 +198,12 @@ void ride(const E& engine, const Direction& direction, const at::Tensor& x,
       work.bands(part.rows, direction.expander(0, part.adapter), width,
                  [&](int64_t row0, int64_t rows, int64_t first, int64_t columns) {
                    const Segment band{part.adapter, part.begin + row0, rows, part.all};
-                   const int64_t at = band.begin - begin;
+                   const int64_t first_row = band.begin - begin;
                    OutRowsOf<A> to;
                    for (int64_t row = 0; row < rows; ++row)
-                     to.rows[row] = c + (at + row) * ldc + first;
-                   direction.expand(band, 0, r, sums + at * ld, ld, n0 + first, columns, to, true);
+                     to.rows[row] = c + (first_row + row) * ldc + first;
+                   direction.expand(band, 0, r, sums + first_row * ld, ld, n0 + first, columns, to,
+                                    true);
                  });
     });
   };
