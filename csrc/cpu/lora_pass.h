@@ -63,7 +63,8 @@ struct Pass {
   // which rows of x and y are rows 0, 1, ... of the pass, if not they themselves; then nothing is
   // shrunk or reduced here
   const int32_t* order = nullptr;
-  // adds to columns [n0, n0 + n) of the product of rows [begin, begin + m): c (m, n), rows ld apart
+  // adds to columns [n0, n0 + n) of rows [begin, begin + m), product and bias: c (m, n), rows ld
+  // apart
   std::function<void(int64_t begin, int64_t m, int64_t n0, int64_t n, A* c, int64_t ld)> add;
 
   // reduction over rows of q = x with p (rows, r) and, as a last row, with ones: dB and the sum of
@@ -148,10 +149,15 @@ struct Pass {
       if (columns) {
         expand(begin, m, strip0, stop, c, columns);
         const int64_t n0 = strip0 * width, n = std::min(columns, weight->n - n0);
-        if (add) add(begin, m, n0, n, c, columns);
+        if (add) {
+          // the bias first, as in a product of its own: the same bits
+          for (int64_t i = 0; bias && i < m; ++i)
+            engine.kernels.rows.add_wide(n, bias + n0, c + i * columns);
+          add(begin, m, n0, n, c, columns);
+        }
         for (int64_t i = 0; i < m; ++i) {
           if (order && i + 2 < m) ask_for(y + order[begin + i + 2] * weight->n + n0, n);
-          engine.kernels.narrow(n, c + i * columns, bias ? bias + n0 : nullptr,
+          engine.kernels.narrow(n, c + i * columns, bias && !add ? bias + n0 : nullptr,
                                 y + (order ? order[begin + i] : begin + i) * weight->n + n0);
         }
       }

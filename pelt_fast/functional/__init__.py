@@ -27,7 +27,12 @@ from .gates import central_gate, prefix_gate
 from .lora import MAX_RANK, explain_lora_linear, lora_linear
 from .multi_bottleneck import explain_multi_bottleneck, multi_bottleneck
 from .multi_elementwise import explain_multi_elementwise, multi_elementwise
-from .multi_lora import explain_multi_lora, multi_lora, multi_lora_linear
+from .multi_lora import (
+    explain_multi_lora,
+    explain_multi_lora_linear,
+    multi_lora,
+    multi_lora_linear,
+)
 from .prefix import explain_prefix_attention, prefix_attention
 
 __all__ = [
@@ -66,6 +71,7 @@ _EXPLAINED: dict[str, Callable[..., Explanation]] = {
     "multi_bottleneck": explain_multi_bottleneck,
     "multi_elementwise": explain_multi_elementwise,
     "multi_lora": explain_multi_lora,
+    "multi_lora_linear": explain_multi_lora_linear,
     "adapter_fusion": explain_adapter_fusion,
     "diff_pruning_weight": explain_diff_pruning_weight,
     "diff_pruning_linear": explain_diff_pruning_linear,

@@ -36,7 +36,7 @@ from .checks import (
     tensors,
 )
 from .frozen import frozen_linear
-from .lora import MAX_RANK
+from .lora import MAX_RANK, check_base, compute_input
 from .ordinary import short_way
 
 
@@ -167,14 +167,16 @@ def multi_lora_linear(
         (..., out).
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as ``multi_lora``.
-        RuntimeError: what ``F.linear`` raises; in a backward of the backward, which has no formula here.
+        TypeError, ValueError, BackendUnavailable: as ``multi_lora``, of weight and bias as ``lora_linear``.
+        RuntimeError: in a backward of the backward, which has no formula here.
     """
-    for name, value in (("lora_a", lora_a), ("lora_b", lora_b)):
+    for name, value, shape in (
+        *(("weight", weight, "(out, in)"), ("lora_a", lora_a, "(L, R, in): one projection")),
+        ("lora_b", lora_b, "(L, out, R): one projection"),
+    ):
         if not isinstance(value, Tensor):
-            raise TypeError(
-                f"{name} is a {type(value).__name__}; expected a torch.Tensor: one projection"
-            )
+            kind = type(value).__name__
+            raise TypeError(f"{name} is a {kind}; expected a torch.Tensor of shape {shape}")
     extension = short_way(backend)
     dual = forward_ad._current_level >= 0
     if extension is not None and type(plan) is MultiAdapterPlan and not dual:
@@ -194,6 +196,11 @@ def multi_lora_linear(
                 )
             y: Tensor = out
             return y
+    _check_base(x, weight, bias)
+    if lora_b.dim() == 3 and lora_b.shape[1] != weight.shape[0]:
+        raise ValueError(
+            f"lora_b has shape {shape_of(lora_b)}; expected (L, out, R), out = {weight.shape[0]} from weight"
+        )
     base = (F.linear if extension is None else frozen_linear)(x, weight, bias)
     added: Tensor = multi_lora(
         *(x, lora_a, lora_b, plan, scaling),
@@ -239,6 +246,26 @@ def explain_multi_lora(
             for name in ("multi_lora_fwd", "multi_lora_bwd")
         )
     )
+
+
+def explain_multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    plan: MultiAdapterPlan,
+    scaling: float | Tensor,
+    **more: Any,
+) -> Explanation:
+    """Which backend the adapters of a call of ``multi_lora_linear`` would run on; same arguments."""
+    _check_base(x, weight, bias)
+    return explain_multi_lora(x, lora_a, lora_b, plan, scaling, **more)
+
+
+def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    x, autocast = compute_input(x)
+    check_base(x, weight, bias, autocast)
 
 
 class _Call(NamedTuple):

@@ -107,7 +107,7 @@ def restore(model: nn.Module) -> int:
         model: the accelerated model; one that never was is left as it is.
 
     Returns:
-        How many layers were restored.
+        How many layers with adapters were restored; those of the base model are not counted.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.

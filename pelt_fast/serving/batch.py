@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +19,8 @@ class Owner:
 class Batch:
     """Slots of the samples (-1: no adapter), and the plans that were made of them.
 
-    ``counts`` are the rows of each sample; None: a layer's rows are divided evenly among the samples.
+    ``counts`` are the rows of each sample; None: a layer's rows are divided evenly among the samples, whole sequences
+    where its input has them.
     """
 
     def __init__(
@@ -35,16 +37,20 @@ class Batch:
         """Of the batch whose samples have counts."""
         return 0 if self.counts is None else int(self.counts.sum())
 
-    def plan(self, rows: int, device: torch.device) -> MultiAdapterPlan:
-        """For a layer whose input has so many rows.
+    def plan(self, shape: Sequence[int], device: torch.device) -> MultiAdapterPlan:
+        """For a layer whose input has this shape without its last dimension: (rows,) or (sequences, ..., rows).
 
         Raises:
             ValueError: that does not go with the samples.
         """
+        rows, samples = math.prod(shape), len(self.slots)
+        if self.counts is None and len(shape) > 1 and samples and shape[0] % samples:
+            raise ValueError(
+                f"a layer is called with {shape[0]} sequences; expected a multiple of the batch's {samples} samples"
+            )
         plan = self._plans.get((rows, device))
         if plan is not None:
             return plan
-        samples = len(self.slots)
         if self.counts is not None:
             if rows != self.rows:
                 raise ValueError(

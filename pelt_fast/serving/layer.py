@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NoReturn
 
 import torch
@@ -84,7 +83,7 @@ class ServedLinear(MultiLoRALinear):
             batch = batch_of(self.owner)
             if batch is None:
                 return y
-            plan = batch.plan(math.prod(x.shape[:-1]), x.device)
+            plan = batch.plan(x.shape[:-1], x.device)
         out: Tensor = functional.multi_lora(
             *(x, self.lora_a, self.lora_b, plan, self.scaling), ranks=self.ranks, base_out=y
         )

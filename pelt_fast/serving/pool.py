@@ -207,7 +207,7 @@ class AdapterPool:
             plan = None
             if counts is not None:
                 first = next(iter(self._targets.layers.values()))
-                plan = batch.plan(batch.rows, first.weight.device)
+                plan = batch.plan((batch.rows,), first.weight.device)
             with running(batch):
                 yield plan
         finally:

@@ -16,11 +16,15 @@ TEXT = DOCUMENT.read_text()
 
 
 def test_snippets_run():
-    (snippet,) = re.findall(r"^```python\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
+    pytest.importorskip("peft")
+    snippets = re.findall(r"^```python\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
     namespace: dict[str, object] = {}
-    exec(compile(snippet, DOCUMENT.name, "exec"), namespace)
-    trained = {n for n, p in namespace["model"].named_parameters() if p.grad is not None}
-    assert all(any(f".{name}." in key for key in trained) for name in ("lora", "a", "b", "both"))
+    for snippet in snippets:
+        exec(compile(snippet, DOCUMENT.name, "exec"), namespace)
+    for model, names in (("model", ("lora", "a", "b", "both")), ("users", ("french", "legal"))):
+        trained = {n for n, p in namespace[model].named_parameters() if p.grad is not None}
+        assert all(any(f".{name}." in key for key in trained) for name in names)
+    assert namespace["text"].shape == (3, 14)
 
 
 def test_models_are_those_of_the_code():

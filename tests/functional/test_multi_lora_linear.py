@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import pelt_fast
 from pelt_fast import MultiAdapterPlan
 from pelt_fast import functional as PF
 from pelt_fast.dispatch import cpp_extension
@@ -178,6 +179,7 @@ def test_bits_do_not_depend_on_who_asks(shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_adapter_has_the_gradients_of_its_rows_alone(dtype):
     """Also where these are too few to ride on the product, and in another order."""
+    one_pass = cpp_extension() is not None and cpp_extension().isa() == "avx2"  # with many rows
     drawn = Drawn((301,), dtype)
     mixed = drawn.run(ours)
     backwards = drawn.rows(torch.arange(300, -1, -1)).run(ours)
@@ -188,6 +190,9 @@ def test_an_adapter_has_the_gradients_of_its_rows_alone(dtype):
         for name in ("lora_a", "lora_b"):
             assert torch.equal(mixed[name][g], alone[name][g]), (name, g)
         assert torch.equal(mixed["row_scale"][mine], alone["row_scale"])
+        if dtype is torch.float32 and one_pass:  # halves are rounded once more on the way without
+            for name in ("y", "x"):
+                assert torch.equal(mixed[name][mine], alone[name]), (name, g)
     names = ["row_scale"] if dtype is torch.float64 else ["y", "x", "row_scale"]  # MKL's product
     assert_same({name: mixed[name].flip(0) for name in names}, backwards)
 
@@ -342,18 +347,41 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True)
 
 
-def test_errors():
-    drawn = Drawn((20,))
+@pytest.mark.parametrize("tokens", [20, 200])
+def test_errors(tokens):
+    drawn = Drawn((tokens,))
     x, weight, bias = drawn.leaves["x"], drawn.weight, drawn.bias
     rest, keywords = drawn.arguments(drawn.leaves, {})
-    with pytest.raises(TypeError, match=r"lora_a is a list; expected a torch.Tensor: one"):
-        PF.multi_lora_linear(x, weight, bias, [rest[0]], *rest[1:], **keywords)
-    with pytest.raises(ValueError, match="plan"):
-        PF.multi_lora_linear(x[:19], weight, bias, *rest, ranks=drawn.ranks)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        PF.multi_lora_linear(x, weight[:, 1:], bias, *rest, **keywords)
-    with pytest.raises(ValueError, match=r"base_out has shape .* expected \(20, 53\)"):
-        PF.multi_lora_linear(x, weight[1:], None, *rest, **keywords)
+
+    def call(x=x, weight=weight, bias=bias, rest=rest):
+        return PF.multi_lora_linear(x, weight, bias, *rest, **keywords)
+
+    for expected, message, changed in (
+        (TypeError, r"weight is a NoneType; expected .* \(out, in\)", {"weight": None}),
+        (TypeError, "lora_a is a list; .*: one projection", {"rest": ([rest[0]], *rest[1:])}),
+        (ValueError, rf"weight has shape \(53, 69\); .* in = {IN}", {"weight": weight[:, 1:]}),
+        (
+            ValueError,
+            r"lora_b has shape .* out = 52 from weight",
+            {"weight": weight[1:], "bias": None},
+        ),
+        (ValueError, r"bias has shape \(52,\)", {"bias": bias[1:]}),
+        (TypeError, "weight has dtype torch.bfloat16", {"weight": weight.bfloat16()}),
+        (ValueError, "plan", {"x": x[1:]}),
+    ):
+        for trained in (False, True):
+            arguments = {"x": x.clone().requires_grad_(trained), **changed}
+            with pytest.raises(expected, match=message):
+                call(**arguments)
+
+
+def test_explained():
+    drawn = Drawn((200,))
+    rest, keywords = drawn.arguments(drawn.leaves, {})
+    call = (drawn.leaves["x"], drawn.weight, drawn.bias, *rest)
+    found = pelt_fast.explain("multi_lora_linear", *call, **keywords)
+    expected = "cpp" if cpp_extension() else "torch"
+    assert found.backends == (expected, expected)
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0)], ids=str)

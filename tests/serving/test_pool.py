@@ -335,7 +335,13 @@ def test_a_served_model_is_not_copied(net, pool):
 def test_rows_that_do_not_divide(net, pool):
     load(pool, "a")
     with pool.batch(["a", None]), pytest.raises(ValueError, match=r"3 rows.*multiple of .* 2"):
-        net(inputs(1, 3, 0))
+        net(inputs(1, 3, 0)[0])
+    for sequences, length in ((1, 4), (3, 4)):  # half of a sequence is nobody's sample
+        message = rf"with {sequences} sequences.*multiple of .* 2"
+        with pool.batch(["a", None]), pytest.raises(ValueError, match=message):
+            net(inputs(sequences, length, 0))
+    with pool.batch(["a", None]):
+        net(inputs(4, 3, 0))
     with pool.batch(["a"], 2), pytest.raises(ValueError, match="3 rows; expected the batch's 2"):
         net(inputs(1, 3, 0))
     assert pool.resident["a"].in_use == 0
