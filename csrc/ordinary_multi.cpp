@@ -92,7 +92,9 @@ py::object ordinary_multi_lora(py::handle x, py::handle weight, py::handle bias,
   std::optional<FrozenLinear> frozen;
   if (!weight.is_none()) {
     frozen = ordinary_frozen(reader, weight, bias);
-    reader.expect(n == 1 && !has_base && frozen && !(frozen->bias && wants_grad(*frozen->bias)));
+    // of a bias that trains the gradient is frozen_linear's, and so are the bits without one
+    reader.expect(n == 1 && !has_base && frozen &&
+                  !(frozen->bias && frozen->bias->requires_grad()));
   }
   std::vector<at::Tensor> as, bs;
   std::vector<OptionalTensor> bases(n);

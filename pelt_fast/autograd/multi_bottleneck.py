@@ -62,6 +62,6 @@ class MultiBottleneckFunction(torch.autograd.Function):
                 *(*numbers, wanted, backend),
             )
         if added_last:
-            grads[1] = dy
+            grads = [grads[0], dy, *grads[2:]]
         found = [g if need else None for g, need in zip(grads, needs, strict=True)]
         return (None, None, *found, None, *[None] * len(plan))

@@ -170,10 +170,12 @@ def multi_lora_linear(
         TypeError, ValueError, BackendUnavailable: as ``multi_lora``, of weight and bias as ``lora_linear``.
         RuntimeError: in a backward of the backward, which has no formula here.
     """
-    for name, value, shape in (
-        *(("weight", weight, "(out, in)"), ("lora_a", lora_a, "(L, R, in): one projection")),
+    given: tuple[tuple[str, Any, str], ...] = (
+        ("weight", weight, "(out, in)"),
+        ("lora_a", lora_a, "(L, R, in): one projection"),
         ("lora_b", lora_b, "(L, out, R): one projection"),
-    ):
+    )
+    for name, value, shape in given:
         if not isinstance(value, Tensor):
             kind = type(value).__name__
             raise TypeError(f"{name} is a {kind}; expected a torch.Tensor of shape {shape}")

@@ -56,6 +56,8 @@ _ATTRIBUTES = (
     "_parameters",
     "_modules",
     "forward",
+    "weight",  # where it is no parameter
+    "bias",
     "_forward_hooks",
     "_forward_pre_hooks",
     "_backward_hooks",

@@ -246,6 +246,17 @@ def test_trained_base(tokens):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [40, 200])
+def test_bits_with_a_bias_that_trains(tokens, dtype):
+    """A checkpoint runs without gradients, and again with them."""
+    drawn = Drawn((tokens,), dtype)
+    drawn.bias.requires_grad_()
+    with torch.no_grad():
+        without = ours(drawn, drawn.leaves)
+    assert torch.equal(ours(drawn, drawn.leaves), without)
+
+
 def test_changed_weights_are_seen():
     drawn = Drawn((200,))
     drawn.run(ours)

@@ -476,6 +476,16 @@ def parametrized(model: nn.Module) -> None:
         nn.utils.parametrize.register_parametrization(linear, "weight", nn.Softsign())
 
 
+def plain_tensors(model: nn.Module) -> None:
+    """As a hypernetwork sets them; twice, since the second time no parameter goes."""
+    for layer in layers_of(model)[1:]:
+        linear = layer.lora_B["default"]
+        weight = linear.weight.detach()
+        if isinstance(linear.weight, nn.Parameter):
+            del linear.weight
+        linear.weight = weight * 3
+
+
 def hooks_replaced(model: nn.Module) -> None:
     for layer in layers_of(model)[1:]:
         linear = layer.lora_B["default"]
@@ -523,6 +533,22 @@ def test_no_stack_is_stale(
     assert len(mixed) > calls
     if change not in (merged_and_unmerged, in_another_dtype):
         assert not torch.allclose(after.double(), before.double())
+
+
+def test_weights_that_are_no_parameters(
+    make_mixed, architectures, accelerated, assert_same, mixed
+) -> None:
+    plain = make_mixed().eval()
+    fast, batch = accelerated(plain), batch_of(architectures["bert"])
+    for _ in range(3):
+        plain_tensors(plain)
+        plain_tensors(fast)
+        for trained in (False, True):
+            with torch.set_grad_enabled(trained):
+                assert_same(
+                    fast(**batch, adapter_names=NAMES).logits,
+                    plain(**batch, adapter_names=NAMES).logits,
+                )
 
 
 def test_layers_are_read_once(make_mixed, architectures, accelerated, monkeypatch) -> None:

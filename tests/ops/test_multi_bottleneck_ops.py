@@ -195,6 +195,23 @@ def test_one_graph_for_every_number_of_tokens_and_every_batch(on):
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiles_without_a_layernorm():
+    """The gradient of the residual is then dy itself."""
+    x, _, down, _, up, *_ = operands((6,))
+    plan, leaves = MultiAdapterPlan(IDS[:6], 3), [t.requires_grad_() for t in (x, down, up)]
+
+    def layer(x, down, up):
+        y = pelt_fast.functional.multi_bottleneck(x, down, None, up, None, plan, residual=x * 2)
+        return y.square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for a, b in zip(*(torch.autograd.grad(f(*leaves), leaves) for f in (layer, compiled)), strict=True):  # fmt: skip
+        assert torch.equal(a, b)
+    torch._dynamo.reset()
+
+
 def test_explain_names_the_backends():
     x, _, down, *_ = operands((6,))
     up, plan = operands((6,))[4], MultiAdapterPlan(IDS, 3)
