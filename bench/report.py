@@ -92,7 +92,17 @@ def provenance(results: Results) -> str:
     load = meta.get("load_average", 0)
     if load > BUSY_LOAD:
         text += f" The machine was not idle at the start: load average {load}."
-    return text
+    return text + _kept(results)
+
+
+def _kept(results: Results) -> str:
+    """What is of an earlier commit than the rest."""
+    earlier: dict[str, list[str]] = {}
+    for part, commit in results.get("commits", {}).items():
+        if commit != (results["meta"]["commit"] or "unknown"):
+            earlier.setdefault(commit, []).append(part)
+    parts = [f"{', '.join(named)} at commit {commit}" for commit, named in earlier.items()]
+    return f" Measured earlier: {'; '.join(parts)}." if parts else ""
 
 
 def update_readme(readme: Path, results: Results, folder: Path) -> bool:

@@ -26,7 +26,7 @@ def collect(
     mixed: dict[str, Any] | None = None,
     whole: dict[str, Any] | None = None,
 ) -> Results:
-    return {
+    found = {
         "meta": meta,
         "kernels": [_row(row) for row in _in_order(rows)],
         "finetune": [_finetune(one) for one in finetunes],
@@ -34,6 +34,18 @@ def collect(
         "mixed": _rounded(mixed),
         "whole": _rounded(whole),
     }
+    return {**found, "commits": commits_of(found)}
+
+
+def commits_of(results: Results) -> dict[str, str]:
+    """Of each part that was measured: what code it is of, since a run may keep parts of the last one."""
+    if "commits" in results:
+        found: dict[str, str] = results["commits"]
+        return found
+    parts = [f"kernels of {row['family']}" for row in results["kernels"]]
+    parts += [f"fine-tune with {one['plan']['method']}" for one in results["finetune"]]
+    parts += [part for part in ("users", "mixed", "whole") if results.get(part)]
+    return dict.fromkeys(parts, results["meta"]["commit"] or "unknown")
 
 
 def rows_of(results: Results, family: str) -> list[dict[str, Any]]:
@@ -79,6 +91,7 @@ def merged(new: Results, folder: Path) -> Results:
         "finetune": fresh_or_old("finetune", lambda one: one["plan"]["method"]),
         **{part: new.get(part) or old.get(part) for part in ("users", "mixed")},
         "whole": whole_merged(new.get("whole"), old.get("whole")),
+        "commits": {**commits_of(old), **commits_of(new)},
     }
 
 

@@ -164,9 +164,18 @@ def test_what_was_not_run_is_kept(results: Results, tmp_path: Path) -> None:
         "users": results["users"],
         "mixed": results["mixed"],
         "whole": results["whole"],
+        "commits": {**records.commits_of(results), "fine-tune with lora": "new"},
     }
     users = {"wrong": ["again"]}
     assert records.merged({**new, "users": users}, tmp_path)["users"] == users
+
+
+def test_what_is_of_an_earlier_commit_is_named(results: Results, tmp_path: Path) -> None:
+    assert "earlier" not in report.provenance(results)
+    records.save({**results, "commits": {"users": "old"}}, tmp_path)
+    new = {**results, "commits": {"mixed": results["meta"]["commit"]}}
+    text = report.provenance(records.merged(new, tmp_path))
+    assert text.endswith(" Measured earlier: users at commit old.")
 
 
 def test_pictures(results: Results, tmp_path: Path) -> None:
