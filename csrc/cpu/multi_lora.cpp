@@ -170,6 +170,8 @@ struct Backward {
 // So many rows that the adapters ride on the product with W: rows are multiplied in the order of
 // their adapters, and a block gets its adapters' part while it is in cache. Fewer are divided among
 // threads better after the product.
+// The adapter's sums have the same bits either way, y and dx in T = A alone: else the product below
+// is rounded once more, before the adapters are added.
 constexpr int64_t kRide = 128;
 
 // Of rows with one projection, in `order`: product with W and what their adapters add.

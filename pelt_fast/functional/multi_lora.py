@@ -147,7 +147,9 @@ def multi_lora_linear(
 
     The same as ``multi_lora(..., base_out=frozen_linear(x, weight, bias))``, up to the order of sums. On a CPU, where
     ``frozen_linear`` packs the weight, it is one pass: from 128 tokens on rows are multiplied in the order of their
-    adapters, which are added to a block of the product while that is in cache, forward and in dX.
+    adapters, which are added to a block of the product while that is in cache, forward and in dX. An adapter's
+    gradients have the same bits in batches of fewer and of more tokens; y and dX have in float32 alone, since a half is
+    rounded twice below 128 tokens, and once from there on.
 
     Args:
         x: (..., in), as in ``multi_lora``.
